@@ -29,9 +29,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.optim import SGD, lr_scheduler
 from torchvision import datasets
+from torchvision.transforms.functional import pil_to_tensor
 
 # ---------------------------------------------------------------------------------------- Model
 
@@ -64,8 +66,7 @@ class ConvBlock(nn.Sequential):
 class ResidualBlock(nn.Sequential):
     """relu(x + branch(x)) (He et al., 2015), (N, C, H, W) in and out.
 
-    The branch is depthwise-separable without a ReLU inside (Xception, Chollet, 2017): a 5x5
-    view for 25 + C weights a channel, where a full 5x5 convolution takes 25 C.
+    The branch is a depthwise 5x5, then a 1x1 convolution, no ReLU between (Chollet, 2017).
     """
 
     def __init__(self, c: int) -> None:
@@ -91,17 +92,13 @@ class SimpleMNISTNet(Network):
 
 
 class WideMNISTNet(Network):
-    """A plain network of 3x3 and 1x1 convolutions, without biases or normalisation."""
+    """A plain network of 3x3 and 1x1 convolutions, without biases, padding or normalisation."""
 
     def __init__(self) -> None:
-        def conv(c_in: int, c_out: int, kernel: int = 3) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, bias=False), nn.ReLU())
-
-        super().__init__(
-            conv(1, 32), conv(32, 64), conv(64, 128), nn.MaxPool2d(2),  # 28x28 to 22x22
-            conv(128, 32, kernel=1), conv(32, 64), conv(64, 128), nn.AdaptiveAvgPool2d(1),  # 11x11
-            nn.Conv2d(128, 10, 1, bias=False), nn.Flatten(),
-        )  # fmt: skip
+        widths = [(1, 32, 3), (32, 64, 3), (64, 128, 3), (128, 32, 1), (32, 64, 3), (64, 128, 3)]
+        convs = [nn.Sequential(nn.Conv2d(*w, bias=False), nn.ReLU()) for w in widths]
+        head = nn.AdaptiveAvgPool2d(1), nn.Conv2d(128, 10, 1, bias=False), nn.Flatten()
+        super().__init__(*convs[:3], nn.MaxPool2d(2), *convs[3:], *head)
         for weight in self.parameters():  # He et al. (2015): the signal keeps its scale
             nn.init.kaiming_normal_(weight, nonlinearity="relu")
 
@@ -116,7 +113,7 @@ MNIST_CRC32 = {
 }  # fmt: skip
 
 
-def load_mnist(data_dir: str | Path = "data") -> list[tuple[Tensor, Tensor]]:
+def load_mnist(data_dir: str | Path = "data", download: bool = True) -> list[tuple[Tensor, Tensor]]:
     """Return MNIST's training and test (images, labels) from DIR/MNIST/raw, or download them.
 
     Images are uint8 (60000 or 10000, 1, 28, 28), labels int64 in 0..9. Raises ConnectionError
@@ -129,11 +126,65 @@ def load_mnist(data_dir: str | Path = "data") -> list[tuple[Tensor, Tensor]]:
             raise OSError(f"{raw / name} is damaged: delete it and run again to download it")
     socket.setdefaulttimeout(20)  # seconds: a silent network is no reason to hang
     try:
-        splits = [datasets.MNIST(data_dir, train, download=True) for train in (True, False)]
+        splits = [datasets.MNIST(data_dir, train, download=download) for train in (True, False)]
     except Exception as error:  # whatever failed on the way
-        text = f"{raw} holds {len(found)} of MNIST's 4 files, and the download failed: {error}"
+        text = f"of {', '.join(MNIST_CRC32)} {len(found)} are in {raw}; downloading failed: {error}"
         raise (OSError if found else ConnectionError)(" ".join(text.split())) from error
     return [(split.data[:, None], split.targets) for split in splits]
+
+
+# How digits 0 to 9 are written: six forms each, strokes parted by "|", made of the points x, y of
+# a 10x10 grid, y downwards; a point given twice is a corner.
+FORMS = """
+5031232638597886837150 5041323647596866636150 614022264968858270 7150322538597885725131 5031232638597886837150 6141232749788572504162
+5059 5059 6049 32505059 32505059|2979 415049
+2240717356292989 22407174482927476988 325071744828365789 2150718355382817265899 2130717346292989 22507254272838475889
+21507254444475784928 20207070444475784928 22507163354575775928 31617244335465674828 215072545475784928 2150716344346475774928
+30252585|6269 696060161686 21244574|7079 31255584|7269 30345575|7168 2123354563|7069
+70303024245375775928 3024245375775928|3080 7140316477594928 302445675828|3090 90413465775828 80403424547678592827
+603326395977553627 71402226385977755436 502326385977563527 61343759685535 7041232738597866453537 603326395977553627
+20808049 20808049|3575 2220808049 2081715549 1330714539 22208048|3575
+71503133547678593836547371 50313354737150|54363859787654 7150313365775938366481 6142335567583746556341 725032446676582746638170 71503133547678593836547371
+72503123345472717169 725031234564727176785938 724021345471716559 6140243564627159 7140233464717058 8150324463717079
+""".split()
+
+
+def draw_digits(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw n digits that look handwritten; return uint8 (n, 1, 28, 28) and int64 (n,).
+
+    Forms are smoothed, waved, slanted, turned and stroked by pens of random width, then fitted
+    into 20x20 pixels and centred by mass in 28x28, as MNIST is (LeCun et al., 1998).
+    """
+    points = torch.zeros(len(FORMS), 2, 14, 2)  # form, stroke, point (the last is repeated), x y
+    for i, form in enumerate(FORMS):
+        for j, stroke in enumerate((*form.split("|"), form[:2])[:2]):
+            xy = torch.tensor([float(digit) for digit in stroke]).view(-1, 2)
+            points[i, j] = xy[torch.arange(14).clamp(max=len(xy) - 1)] - 5
+    labels, images = torch.randint(10, (n,), generator=generator), []
+    for chunk in labels.split(1000):
+
+        def rand(*shape: int, low: float = -1, high: float = 1, m: int = len(chunk)) -> Tensor:
+            return low + (high - low) * torch.rand(m, *shape, generator=generator)
+
+        p = points[chunk * 6 + rand(low=0, high=6).long()].flatten(0, 1).transpose(1, 2)
+        p = F.interpolate(p, size=84, mode="linear", align_corners=True)
+        p = F.avg_pool1d(F.pad(p, (3, 3), mode="replicate"), 7, 1)  # rounds all but the corners
+        p = p.transpose(1, 2).reshape(len(chunk), 168, 2)
+        for _ in range(3):
+            p = p + (p @ rand(2, 1) * 0.7 + rand(1, 1) * math.pi).sin() * rand(1, 2) * 0.6
+        turn, slant, wide = 0.15 * rand(), 0.15 + 0.35 * rand(), 1 + 0.3 * rand()
+        cos, sin = turn.cos(), turn.sin()
+        rows = [wide * cos, wide * sin, -sin - slant * cos, cos - slant * sin]
+        p, radius = p @ torch.stack(rows, 1).view(-1, 2, 2), rand(1, 1, low=0.7, high=1.7)
+        p = p * (20 - 2 * radius) / (p.amax(1) - p.amin(1)).amax(1)[:, None, None]
+        ink = F.pad(p.view(-1, 2, 84, 2).diff(dim=2).norm(dim=3), (0, 1)).view(-1, 168, 1)
+        p = p - (ink * p).sum(1, keepdim=True) / ink.sum(1, keepdim=True) + 14
+        # The distance of each pixel to the stroke, from the sum of a Gaussian at each point.
+        x, y = (-(p[..., None] - torch.arange(28) - 0.5).square() / 2).exp().unbind(2)
+        density = (y * ink).transpose(1, 2) @ x / math.sqrt(2 * math.pi)
+        distance = (-2 * density.clamp(1e-9, 1).log()).sqrt()
+        images.append(((radius + 0.5 - distance).clamp(0, 1) * 255).byte())
+    return torch.cat(images)[:, None], labels
 
 
 def augment(images: Tensor, strength: float = 1.0) -> Tensor:
@@ -151,15 +202,13 @@ def augment(images: Tensor, strength: float = 1.0) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def batches(
-    images: Tensor, labels: Tensor, batch_size: int, training: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each image once, normalised, float (n, 1, 28, 28), with its label, int64 (n,).
+def batches(images: Tensor, labels: Tensor, size: int, training: bool = False) -> Iterator:
+    """Yield each image once, normalised, float (size, 1, 28, 28), with its label, int64 (size,).
 
     Takes uint8 (N, 1, 28, 28) and works on its device; ``training`` shuffles and augments.
     """
     order = torch.randperm if training else torch.arange
-    for index in order(len(images), device=images.device).split(batch_size):
+    for index in order(len(images), device=images.device).split(size):
         x = images[index].float() / 255
         x = augment(x) if training else x
         yield (x - 0.1307) / 0.3081, labels[index]  # mean and deviation of the training pixels
@@ -173,15 +222,14 @@ def make_state(
 ) -> dict[str, Any]:
     """Return all that training changes: model, optimizer, scheduler and scaler (for float16).
 
-    The schedule moves with every batch, ``steps`` an epoch. ``onecycle`` warms up for a fifth of
-    the run, then anneals along a cosine (Smith and Topin, 2018); ``step`` multiplies the rate by
-    0.7 after each epoch; ``constant`` leaves it.
+    The schedule moves with every batch, ``steps`` an epoch: ``onecycle`` warms up for a fifth of
+    the run, then anneals (Smith and Topin, 2018); ``step`` multiplies by 0.7 after each epoch.
     """
     sgd = SGD(model.parameters(), lr, 0.9, weight_decay=5e-5, nesterov=True, fused=True)
     scheduler = lr_scheduler.StepLR(sgd, steps, 0.7 if schedule == "step" else 1.0)
     if schedule == "onecycle":
-        limits = {"max_lr": lr, "total_steps": epochs * steps + 1, "pct_start": 0.2}
-        scheduler = lr_scheduler.OneCycleLR(sgd, **limits, cycle_momentum=False)
+        shape = {"total_steps": epochs * steps + 1, "pct_start": 0.2, "cycle_momentum": False}
+        scheduler = lr_scheduler.OneCycleLR(sgd, lr, **shape)
     scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=fp16)
     return {"model": model, "optimizer": sgd, "scheduler": scheduler, "scaler": scaler}
 
@@ -232,19 +280,24 @@ def evaluate(
 
 def write_file(path: Path, content: bytes) -> None:
     """Replace a file in one step: whoever reads it, whenever a kill comes, finds it whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {path} ({error.strerror}); what was there is intact"
+        ) from error
 
 
-def save_checkpoint(path: Path, state: dict[str, Any], **facts: Any) -> None:
+def save_checkpoint(paths: list[Path], state: dict[str, Any], **facts: Any) -> None:
     """Write ``{name}_state_dict`` of each part of the state, and the facts, plain values."""
     buffer = io.BytesIO()
     torch.save({f"{name}_state_dict": p.state_dict() for name, p in state.items()} | facts, buffer)
-    write_file(path, buffer.getvalue())
+    for path in paths:
+        write_file(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path, state: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -261,8 +314,8 @@ def load_checkpoint(path: Path, state: dict[str, Any] | None = None) -> dict[str
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)
         for name, part in (state or {}).items():
             part.load_state_dict(checkpoint[f"{name}_state_dict"])
-        if [e["epoch"] for e in checkpoint["history"]] != [*range(1, checkpoint["epoch"] + 1)]:
-            raise ValueError("its history does not lead to its epoch")
+        if len(checkpoint["history"]) != checkpoint["epoch"] or "model" not in checkpoint["config"]:
+            raise ValueError("its history or its config is not of this program")
         if not all(t.isfinite().all() for t in checkpoint["model_state_dict"].values()):
             raise ValueError("its weights are not finite")
     except Exception as error:  # a damaged file can fail in any way
@@ -283,7 +336,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
+def best_entry(history: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the entry of the best validation accuracy, then loss; without any, the last."""
     return max(history, key=lambda e: (e["val_accuracy"] or 0, -(e["val_loss"] or 0), e["epoch"]))
 
@@ -297,23 +350,6 @@ def draw_image(image: Tensor) -> list[str]:
     return ["".join(" .:-=+*#%@"[int(v) * 10 // 256] for v in row) for row in cells[0].tolist()]
 
 
-def draw_chart(history: list[dict[str, Any]], key: str, form: str) -> list[str]:
-    """Return train_{key} (.) and test_{key} (o) against the epochs, which go down the page.
-
-    The scale is that of the last three quarters of the run; what lies outside sits on its edge.
-    """
-    settled = [e[f"{s}_{key}"] for e in history[len(history) // 4 :] for s in ("train", "test")]
-    low, high = min(settled), max(settled)
-    lines = ["", f"epoch  {key}: . training, o test", f"       {low:<32{form}}{high:>32{form}}"]
-    for entry in history[:: math.ceil(len(history) / 30)]:
-        row = [" "] * 64
-        for split, mark in {"train": ".", "test": "o"}.items():
-            place = (entry[f"{split}_{key}"] - low) / (high - low or 1)
-            row[round(63 * min(max(place, 0), 1))] = mark
-        lines.append(f"{entry['epoch']:5} |{''.join(row)}|")
-    return lines
-
-
 def make_report(metrics: dict[str, Any], mistakes: list[tuple[Tensor, int, int, float]]) -> str:
     """Return the report of a run, at most 79 columns of ASCII.
 
@@ -322,19 +358,32 @@ def make_report(metrics: dict[str, Any], mistakes: list[tuple[Tensor, int, int, 
     history, config, table = metrics["history"], metrics["config"], metrics["confusion"]
     n, hits, z = sum(map(sum, table)), sum(table[i][i] for i in range(10)), 1.96
     share, scale = hits / n, 1 + z * z / n  # Wilson's (1927) 95% interval of a share
-    centre = (share + z * z / 2 / n) / scale
-    spread = z / scale * math.sqrt(share * (1 - share) / n + (z / 2 / n) ** 2)
-    chosen = "best by validation" if config["val_size"] else "the last, as none are held out"
+    middle, half = share + z * z / 2 / n, z * math.sqrt(share * (1 - share) / n + (z / 2 / n) ** 2)
     lines = [
-        f"{config['data']} test accuracy {share:.2%}, {n - hits} errors in {n:,}"
-        f" (95% interval {centre - spread:.2%} to {centre + spread:.2%})",
-        f"{config['model']}, {metrics['parameters']:,} parameters, epoch {metrics['best_epoch']} of"
-        f" {len(history)} ({chosen}), {sum(e['seconds'] for e in history):.0f} s",
-        *draw_chart(history, "loss", ".4f"),
-        *draw_chart(history, "accuracy", ".2%"),
-        f"\ntrue  answered{'':38} recall",
-        "     " + "".join(f"{i:5}" for i in range(10)),
+        f"{metrics['data']} test accuracy {share:.2%}, {n - hits} errors in {n:,}"
+        f" (95% interval {(middle - half) / scale:.2%} to {(middle + half) / scale:.2%})",
+        f"{config['model']} network, {metrics['parameters']:,} parameters,"
+        f" {sum(e['seconds'] for e in history):.0f} s; epoch {metrics['best_epoch']} of"
+        f" {len(history)}, {'best by validation' if config['val_size'] else 'the last'}",
     ]
+    for key, form in {"loss": ".4f", "accuracy": ".2%"}.items():
+        curves = {
+            "o": [e[f"test_{key}"] for e in history],
+            ".": [e[f"train_{key}"] for e in history],
+        }
+        settled = curves["o"][len(history) // 4 :] + curves["."][len(history) // 4 :]
+        low, high = min(settled), max(settled)  # what lies outside is drawn on the edge
+        lines += [
+            "",
+            f"epoch  {key}: . training, o test",
+            f"       {low:<31{form}}{high:>31{form}}",
+        ]
+        for i in range(0, len(history), math.ceil(len(history) / 30)):
+            row = [" "] * 62
+            for mark, curve in curves.items():
+                row[round(61 * min(max((curve[i] - low) / (high - low or 1), 0), 1))] = mark
+            lines.append(f"{i + 1:5} |{''.join(row)}|")
+    lines += [f"\ntrue  answered{'':38} recall", " " * 5 + "".join(f"{i:5}" for i in range(10))]
     for i, row in enumerate(table):
         cells = "".join(f"{v or '.':>5}" for v in row)
         lines.append(f"{i:5}{cells} {row[i] / max(1, sum(row)):6.1%}")
@@ -344,6 +393,49 @@ def make_report(metrics: dict[str, Any], mistakes: list[tuple[Tensor, int, int, 
         lines += ["", "  ".join(f"{f'{a} -> {b} {c:.1%}':24}" for _, a, b, c in trio)]
         lines += ["  ".join(cut) for cut in zip(*(draw_image(m[0]) for m in trio), strict=True)]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def read_digit(path: str | Path) -> Tensor:
+    """Turn a photo, scan or drawing of one digit into what MNIST holds, uint8 (1, 28, 28).
+
+    A network misreads your digit if it does not look like its training images: light on black,
+    fitted into 20x20 pixels, centred by mass (LeCun et al., 1998). So the background, a smooth
+    surface, is fitted and removed, and what stands out, lighter or darker, is cropped, fitted
+    and centred. Raises OSError if Pillow can't open the file, ValueError if nothing stands out.
+    """
+    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    picture.thumbnail((280, 280))
+    *colours, alpha = pil_to_tensor(picture).float() / 255
+    grey = torch.stack(colours).mean(0)
+    light = (grey * alpha).sum() > alpha.sum() / 2  # then what is transparent must be dark paper
+    grey = grey * alpha + (0 if light else 1) * (1 - alpha)
+    y, x = (torch.linspace(-1, 1, s) for s in grey.shape)
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    terms = torch.stack([x**0, x, y, x * y, x * x, y * y], 2).view(-1, 6)
+    rest, keep = grey.flatten(), torch.ones(grey.numel(), dtype=torch.bool)
+    for _ in range(5):  # fit the paper's brightness again without what stands out from it
+        rest = (
+            grey.flatten() - terms @ torch.linalg.lstsq(terms[keep], grey.flatten()[keep]).solution
+        )
+        keep = rest.abs() <= 1.5 * rest[keep].std() + 0.004
+    ink = (rest * rest.pow(3).sum().sign()).view(1, 1, *grey.shape)
+    ink = F.avg_pool2d(ink, 3, 1, 1)[0, 0]
+    peak = ink.flatten().topk(max(1, ink.numel() // 200)).values[-1]
+    if peak < max(0.08, 4 * rest[keep].std()):
+        raise ValueError(f"nothing stands out in {path}")
+    ink = ((ink / peak - 0.3) / 0.5).clamp(0, 1)
+    (top, left), (bottom, right) = (
+        f((ink > 0.5).nonzero(), 0).tolist() for f in (torch.amin, torch.amax)
+    )
+    ink = ink[top : bottom + 1, left : right + 1]
+    h, w = (max(1, round(20 * s / max(ink.shape))) for s in ink.shape)
+    ink = F.interpolate(ink[None, None], (h, w), mode="bilinear", antialias=True)[0, 0]
+    centres = [
+        (ink.sum(1 - d) @ (torch.arange(s) + 0.5) / ink.sum()).item() for d, s in ((0, h), (1, w))
+    ]
+    top, left = (min(max(round(14 - c), 0), 28 - s) for c, s in zip(centres, (h, w), strict=True))
+    padding = (left, 28 - w - left, top, 28 - h - top)
+    return F.pad(ink / ink.max() * 255, padding).byte()[None]
 
 
 # --------------------------------------------------------------------------------- Command line
@@ -372,6 +464,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default="model_checkpoints", metavar="DIR", help="folder for results")
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on, from the newest by default")
     add("--evaluate", type=Path, metavar="CKPT", help="test a checkpoint instead of training")
+    add("--predict", nargs="+", metavar="IMAGE", help="read image files instead of training")
     add("--dry-run", action="store_true", help="one small batch of everything")
     args = parser.parse_args(argv)
     lowest = {"val_size": 0, "seed": 0, "epochs": 1, "batch_size": 1, "runs": 1, "lr": 1e-9}
@@ -381,12 +474,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def load_model(path: Path, device: str) -> tuple[Network, dict[str, Any]]:
+    """Return the network of a checkpoint, on the device, and the checkpoint."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint["config"]["model"] not in MODELS:
+        raise ValueError(f"{path} holds a network that is not in this file")
+    model = MODELS[checkpoint["config"]["model"]]().to(device)
+    return model, load_checkpoint(path, {"model": model})
+
+
 def assess(path: Path, images: Tensor, labels: Tensor) -> tuple[dict[str, Any], list[tuple]]:
     """Test a checkpoint; return what metrics.json holds and the six most confident mistakes."""
-    checkpoint = load_checkpoint(path)
-    config, model = checkpoint["config"], MODELS[checkpoint["config"]["model"]]()
-    load_checkpoint(path, {"model": model.to(images.device)})
-    _, accuracy, logits = evaluate(model, images, labels, AMP[config["amp"]])
+    model, checkpoint = load_model(path, images.device)
+    config = checkpoint["config"]
+    _, accuracy, logits = evaluate(model, images, labels, AMP.get(config["amp"]))
     confidence, answers = logits.softmax(1).max(1)
     confusion = (labels * 10 + answers).bincount(minlength=100).view(10, 10).tolist()
     metrics = {"parameters": model.count_parameters(), "config": config, "data": config["data"]}
@@ -400,52 +501,90 @@ def assess(path: Path, images: Tensor, labels: Tensor) -> tuple[dict[str, Any], 
 
 def fit(args: argparse.Namespace, train: list, val: list, test: list) -> dict[str, Any]:
     """Do one run, or the rest of one; return what metrics.json holds."""
-    config, size = {flag: getattr(args, flag) for flag in CONFIG}, len(train[1])
+    config, size, amp = {f: getattr(args, f) for f in CONFIG}, len(train[1]), AMP[args.amp]
     torch.manual_seed(args.seed * 10_000)
     model = MODELS[args.model]().to(args.device, memory_format=torch.channels_last)
-    steps, amp = math.ceil(size / args.batch_size), AMP[args.amp]
+    steps = math.ceil(size / args.batch_size)
     state = make_state(model, args.lr, args.schedule, args.epochs, steps, args.amp == "fp16")
     args.out.mkdir(parents=True, exist_ok=True)
+    if not os.access(args.out, os.W_OK):
+        raise PermissionError(f"{args.out} is not writable: choose another --out")
     best, history = args.out / "best_mnist_model.pth", []
-    if path := Path(args.resume) if args.resume else newest_checkpoint(args.out):
-        for flag, before in load_checkpoint(path)["config"].items():
-            if before != config[flag] and (flag != "epochs" or args.schedule == "onecycle"):
-                clash = f"--{flag.replace('_', '-')} is {config[flag]}, but {before} in {path}"
-                raise ValueError(f"{clash}: change the flag, or choose another --out")
-    if args.resume is not None:
-        print(f"going on from {path}" if path else f"nothing to resume in {args.out}: starting")
-    if args.resume is not None and path:
+    path = Path(args.resume) if args.resume else newest_checkpoint(args.out)
+    before = load_checkpoint(path)["config"] if path else config
+    for flag in CONFIG if args.schedule == "onecycle" else set(CONFIG) - {"epochs"}:
+        if before.get(flag) != config[flag]:
+            clash = (
+                f"--{flag.replace('_', '-')} is {config[flag]}, but {before.get(flag)} in {path}"
+            )
+            raise ValueError(f"{clash}: change the flag, or choose another --out")
+    if path and args.resume is not None:
         history = load_checkpoint(path, state)["history"]
-        number = best_epoch(history)["epoch"]  # the kill may have come before best was written
-        write_file(best, path.with_name(f"mnist_model_epoch_{number}.pth").read_bytes())
+        newest_best = path.with_name(f"mnist_model_epoch_{best_entry(history)['epoch']}.pth")
+        write_file(best, newest_best.read_bytes())  # a kill may have come before this write
+    if args.resume is not None:
+        print(f"resuming from {path or 'nothing, as there is no checkpoint yet'}")
     for epoch in range(len(history) + 1, args.epochs + 1):
         # The one seed of an epoch's order, augmentation and dropout, so resuming needs no other.
         torch.manual_seed(args.seed * 10_000 + epoch)
-        row: dict[str, Any] = {"epoch": epoch, "lr": state["scheduler"].get_last_lr()[0]}
         start, loader = time.perf_counter(), batches(*train, args.batch_size, training=True)
         results = {"train": train_one_epoch(state, loader, amp, sys.stdout.isatty() * size)}
         rate = size / (time.perf_counter() - start)
-        results["val"] = evaluate(model, *val, amp) if len(val[1]) else (None, None)
+        results["val"] = evaluate(model, *val, amp) if args.val_size else (None, None)
         results["test"] = evaluate(model, *test, amp)
-        for name, result in results.items():
-            row |= {f"{name}_loss": result[0], f"{name}_accuracy": result[1]}
-        row["seconds"] = time.perf_counter() - start
-        if not math.isfinite(row["train_loss"] + row["test_loss"]):
+        history.append({"epoch": epoch, "lr": state["scheduler"].get_last_lr()[0]})
+        for name, (loss, accuracy, *_) in results.items():
+            history[-1] |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+        history[-1]["seconds"] = time.perf_counter() - start
+        if not math.isfinite(results["train"][0] + results["test"][0]):
             raise ValueError(f"the loss of epoch {epoch} is not finite: try a lower --lr")
-        history.append(row)
-        facts = {k: row[k] for k in row if k == "epoch" or k.endswith("_accuracy")}
-        for path in (args.out / f"mnist_model_epoch_{epoch}.pth", best):
-            if path != best or row is best_epoch(history):
-                save_checkpoint(path, state, **facts, history=history, config=config)
+        facts = {f"{name}_accuracy": result[1] for name, result in results.items()}
+        paths = [args.out / f"mnist_model_epoch_{epoch}.pth", best]
+        paths = paths if best_entry(history)["epoch"] == epoch else paths[:1]
+        save_checkpoint(paths, state, epoch=epoch, **facts, history=history, config=config)
         text = (f"{k} {v[0]:.4f} {v[1]:.2%}  " for k, v in results.items() if v[0] is not None)
-        text = f"{''.join(text)}lr {row['lr']:.4f}  {row['seconds']:.1f} s  {rate:,.0f} images/s"
-        print(f"\repoch {epoch:2}/{args.epochs}  {text}", flush=True)
+        text = f"{''.join(text)}{history[-1]['seconds']:.1f} s  {rate:,.0f} images/s"
+        print(f"\repoch {epoch:2}/{args.epochs}  lr {history[-1]['lr']:.4f}  {text}", flush=True)
     metrics, mistakes = assess(best, *test)
     metrics["history"], report = history, make_report(metrics | {"history": history}, mistakes)
     write_file(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
     write_file(args.out / "report.txt", f"{report}\n".encode())
     print(f"\n{report}")
     return metrics
+
+
+def predict(paths: list[str], model: nn.Module, device: str) -> None:
+    """Print each image file as the network sees it, and its three likeliest digits."""
+    failed = 0
+    for path in paths:
+        try:
+            image = read_digit(path)
+        except (OSError, ValueError) as error:
+            print(f"{path}: not read: {error}")
+            failed += 1
+            continue
+        x = (image[None].to(device) / 255 - 0.1307) / 0.3081
+        shares, digits = model.eval()(x).softmax(1)[0].topk(3)
+        answer = "  ".join(f"{d} {s:.1%}" for d, s in zip(digits, shares, strict=True))
+        print("\n".join([*draw_image(image), f"{path}: {answer}"]))
+    if failed:
+        raise ValueError(f"{failed} of {len(paths)} images could not be read")
+
+
+def get_data(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:
+    """Return (images, labels) to train on and to test on; settle ``args.data``."""
+    try:
+        if args.data != "synthetic":
+            train, test = load_mnist(args.data_dir)
+            args.data = "mnist"
+            return train, test
+        reason = "asked for with --data synthetic"
+    except ConnectionError as error:
+        if args.data == "mnist":
+            raise
+        args.data, reason = "synthetic", error
+    print(f"{'!' * 79}\nSYNTHETIC: drawn digits, not MNIST ({reason})\n{'!' * 79}")
+    return [draw_digits(n, torch.Generator().manual_seed(n)) for n in (60_000, 10_000)]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -455,52 +594,56 @@ def run(args: argparse.Namespace) -> None:
     if args.device not in ("cpu", found):
         raise ValueError(f"there is no {args.device} device here: leave out --device")
     args.amp = ("bf16" if args.device == "cuda" else "off") if args.amp == "auto" else args.amp
-    train, test = load_mnist(args.data_dir)
-    args.data = "mnist"
+    if args.predict:
+        path = args.evaluate or args.out / "best_mnist_model.pth"
+        predict(args.predict, load_model(path, args.device)[0], args.device)
+        return
+    train, test = get_data(args)
     if args.dry_run:
-        args.epochs, args.val_size = 1, min(args.val_size, args.batch_size)
-        train = [t[: args.batch_size + args.val_size] for t in train]
-        test = [t[: args.batch_size] for t in test]
+        args.epochs, args.out, n = 1, args.out / "dry_run", args.batch_size
+        args.val_size = min(args.val_size, n)
+        train, test = [t[: n + args.val_size] for t in train], [t[:n] for t in test]
     size = len(train[1]) - args.val_size
     if size < args.batch_size:
-        raise ValueError(f"{size} images to train on are less than a batch: lower --batch-size")
+        raise ValueError(f"{size} training images are less than a batch: lower --batch-size")
     train, test = [t.to(args.device) for t in train], [t.to(args.device) for t in test]
     train, val = [t[:size] for t in train], [t[size:] for t in train]
     if args.evaluate:
         print(make_report(*assess(args.evaluate, *test)))
         return
     MODELS[args.model]().print_model_summary()
+    if args.runs == 1:
+        fit(args, train, val, test)
+        return
     out, results = args.out, []
     for seed in range(args.seed, args.seed + args.runs):
-        args.seed, args.out = seed, out / f"seed_{seed}" if args.runs > 1 else out
+        args.seed, args.out = seed, out / f"seed_{seed}"
         results.append(fit(args, train, val, test))
-    if args.runs > 1:
-        scores = torch.tensor([r["test_accuracy"] for r in results], dtype=torch.float64)
-        mean, std = scores.mean().item(), scores.std().item()
-        summary = {"runs": results, "mean": mean, "std": std}
-        write_file(out / "metrics.json", json.dumps(summary, indent=1).encode())
-        print(f"\n{args.data} test accuracy of {args.runs} runs: {mean:.3%} +- {std:.3%}")
-        print("  ".join(f"{score:.2%}" for score in scores))
+    scores = torch.tensor([r["test_accuracy"] for r in results], dtype=torch.float64)
+    summary = {"runs": results, "mean": scores.mean().item(), "std": scores.std().item()}
+    write_file(out / "metrics.json", json.dumps(summary, indent=1).encode())
+    print(f"\n{args.data} test accuracy, seed by seed: {'  '.join(f'{s:.2%}' for s in scores)}")
+    print(f"mean {summary['mean']:.3%}, standard deviation {summary['std']:.3%}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return its exit status. What goes wrong outside is told in a line."""
+def main(argv: list[str] | None = None) -> str | None:
+    """Run the command line; return what went wrong outside it, in one line."""
     args = parse_args(argv)
-    out, command = args.out, ["python", "mnist.py", *(sys.argv[1:] if argv is None else argv)]
-    command += [] if "--resume" in command else ["--resume"]
+    again = shlex.join(["python", "mnist.py", *(sys.argv[1:] if argv is None else argv)])
+    again += "" if args.resume is not None else " --resume"
+    stopped = f"\nmnist.py: stopped; {args.out} holds every finished epoch. To go on: {again}"
 
     def stop(number: int, _: object) -> None:
-        print(f"\nmnist.py: stopped; finished epochs are in {out}. To go on: {shlex.join(command)}")
+        print(stopped, file=sys.stderr)
         sys.exit(128 + number)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
         run(args)
+        return None
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        print(f"mnist.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+        return f"mnist.py: error: {' '.join(str(error).split())}"
 
 
 if __name__ == "__main__":
