@@ -128,62 +128,76 @@ def load_mnist(data_dir: str | Path = "data", download: bool = True) -> list[tup
     try:
         splits = [datasets.MNIST(data_dir, train, download=download) for train in (True, False)]
     except Exception as error:  # whatever failed on the way
-        text = f"of {', '.join(MNIST_CRC32)} {len(found)} are in {raw}; downloading failed: {error}"
-        raise (OSError if found else ConnectionError)(" ".join(text.split())) from error
+        missing = ", ".join(name for name in MNIST_CRC32 if name not in found)
+        reason = (str(error).split("got:")[-1]).strip() or repr(error)
+        text = f"put {missing} into {raw}, or connect: the download failed with {reason}"
+        raise (OSError if found else ConnectionError)(text) from error
     return [(split.data[:, None], split.targets) for split in splits]
 
 
-# How digits 0 to 9 are written: six forms each, strokes parted by "|", made of the points x, y of
-# a 10x10 grid, y downwards; a point given twice is a corner.
-FORMS = """
-5031232638597886837150 5041323647596866636150 614022264968858270 7150322538597885725131 5031232638597886837150 6141232749788572504162
-5059 5059 6049 32505059 32505059|2979 415049
-2240717356292989 22407174482927476988 325071744828365789 2150718355382817265899 2130717346292989 22507254272838475889
-21507254444475784928 20207070444475784928 22507163354575775928 31617244335465674828 215072545475784928 2150716344346475774928
-30252585|6269 696060161686 21244574|7079 31255584|7269 30345575|7168 2123354563|7069
-70303024245375775928 3024245375775928|3080 7140316477594928 302445675828|3090 90413465775828 80403424547678592827
-603326395977553627 71402226385977755436 502326385977563527 61343759685535 7041232738597866453537 603326395977553627
-20808049 20808049|3575 2220808049 2081715549 1330714539 22208048|3575
-71503133547678593836547371 50313354737150|54363859787654 7150313365775938366481 6142335567583746556341 725032446676582746638170 71503133547678593836547371
-72503123345472717169 725031234564727176785938 724021345471716559 6140243564627159 7140233464717058 8150324463717079
-""".split()
+# How digits are written: for each of 0 to 9 six forms, strokes parted by "|", as points x, y of a
+# 10x10 grid, y downwards, in the order of the pen. A point given twice is a corner.
+FORMS = [
+    "5031232638597886837150 60412326385867757362604152 6040223638588674726051 "
+    "614022264968858270 5031232638597886837150 5041323647596866636150",
+    "5059 5059 6049 32505059 32505059|2979 4159",
+    "2240717356292989 22407174482927476988 2140607275482929 "
+    "3150717467382949 325071744828365789 22406173482837678988",
+    "21507254444475784928 20207070444475784928 22507163454575775928 "
+    "215072545475784928 31617244335465674828 22507163354575775928",
+    "30252585|6269 696060161686 21244574|7079 31255584|7269 20252575|7179 30345575|7168",
+    "70303024245375775928 3024245375775928|3080 7140316477594928 "
+    "3023235375784928|3080 302445675828|3090 90413465775828",
+    "603326395977553627 71402226385977755336 502326385978755326 "
+    "40232637596867553527 61343759685535 603326395977553627",
+    "20808049 20808049|3575 2220808049 2080805549 2141707049 22208048|3575",
+    "71503133547678593836547371 50313354737150|54363859787654 714022435668593826447271 "
+    "71503133547678593836547371 50313354737150|54363859787654 7150313365775938366481",
+    "72503123456472717169 725031234564727176785938 62402134456372626759 "
+    "704022345463|7069 72503123456472717169 7140233464717058",
+]
 
 
 def draw_digits(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw n digits that look handwritten; return uint8 (n, 1, 28, 28) and int64 (n,).
+    """Draw n digits that look handwritten; return uint8 (n, 1, 28, 28) and labels, int64 (n,).
 
     Forms are smoothed, waved, slanted, turned and stroked by pens of random width, then fitted
     into 20x20 pixels and centred by mass in 28x28, as MNIST is (LeCun et al., 1998).
     """
-    points = torch.zeros(len(FORMS), 2, 14, 2)  # form, stroke, point (the last is repeated), x y
-    for i, form in enumerate(FORMS):
-        for j, stroke in enumerate((*form.split("|"), form[:2])[:2]):
-            xy = torch.tensor([float(digit) for digit in stroke]).view(-1, 2)
-            points[i, j] = xy[torch.arange(14).clamp(max=len(xy) - 1)] - 5
+    forms = [form.split("|") for line in FORMS for form in line.split()]
+    points = torch.zeros(60, 2, 14, 2)  # form, stroke, point (the last of a stroke repeats), x y
+    for i, strokes in enumerate(forms):
+        for j, stroke in enumerate((*strokes, strokes[0][:2])[:2]):
+            xy = torch.tensor([int(digit) - 5.0 for digit in stroke]).view(-1, 2)
+            points[i, j] = xy[torch.arange(14).clamp(max=len(xy) - 1)]
     labels, images = torch.randint(10, (n,), generator=generator), []
     for chunk in labels.split(1000):
 
-        def rand(*shape: int, low: float = -1, high: float = 1, m: int = len(chunk)) -> Tensor:
+        def rand(low: float, high: float, *shape: int, m: int = len(chunk)) -> Tensor:
             return low + (high - low) * torch.rand(m, *shape, generator=generator)
 
-        p = points[chunk * 6 + rand(low=0, high=6).long()].flatten(0, 1).transpose(1, 2)
-        p = F.interpolate(p, size=84, mode="linear", align_corners=True)
-        p = F.avg_pool1d(F.pad(p, (3, 3), mode="replicate"), 7, 1)  # rounds all but the corners
-        p = p.transpose(1, 2).reshape(len(chunk), 168, 2)
+        p = points[chunk * 6 + rand(0, 6).long()].flatten(0, 1).transpose(1, 2)
+        p = F.interpolate(p, size=56, mode="linear", align_corners=True)
+        p = F.avg_pool1d(F.pad(p, (2, 2), mode="replicate"), 5, 1)  # rounds all but the corners
+        p = p.transpose(1, 2).reshape(-1, 112, 2)
         for _ in range(3):
-            p = p + (p @ rand(2, 1) * 0.7 + rand(1, 1) * math.pi).sin() * rand(1, 2) * 0.6
-        turn, slant, wide = 0.15 * rand(), 0.15 + 0.35 * rand(), 1 + 0.3 * rand()
-        cos, sin = turn.cos(), turn.sin()
-        rows = [wide * cos, wide * sin, -sin - slant * cos, cos - slant * sin]
-        p, radius = p @ torch.stack(rows, 1).view(-1, 2, 2), rand(1, 1, low=0.7, high=1.7)
+            wave = p @ rand(-0.7, 0.7, 2, 1) + rand(-math.pi, math.pi, 1, 1)
+            p = p + wave.sin() * rand(-0.4, 0.4, 1, 2)
+        turn, slant, wide = rand(-0.15, 0.15), rand(-0.2, 0.5), rand(0.85, 1.15)
+        cos, sin, radius = turn.cos(), turn.sin(), rand(0.9, 1.9, 1, 1)
+        turned = [wide * cos, wide * sin, -sin - slant * cos, cos - slant * sin]
+        p = p @ torch.stack(turned, 1).view(-1, 2, 2)
         p = p * (20 - 2 * radius) / (p.amax(1) - p.amin(1)).amax(1)[:, None, None]
-        ink = F.pad(p.view(-1, 2, 84, 2).diff(dim=2).norm(dim=3), (0, 1)).view(-1, 168, 1)
-        p = p - (ink * p).sum(1, keepdim=True) / ink.sum(1, keepdim=True) + 14
-        # The distance of each pixel to the stroke, from the sum of a Gaussian at each point.
-        x, y = (-(p[..., None] - torch.arange(28) - 0.5).square() / 2).exp().unbind(2)
-        density = (y * ink).transpose(1, 2) @ x / math.sqrt(2 * math.pi)
-        distance = (-2 * density.clamp(1e-9, 1).log()).sqrt()
-        images.append(((radius + 0.5 - distance).clamp(0, 1) * 255).byte())
+        length = F.pad(p.view(-1, 2, 56, 2).diff(dim=2).norm(dim=3), (0, 1)).view(-1, 112, 1)
+        p = p - (length * p).sum(1, keepdim=True) / length.sum(1, keepdim=True)
+        for _ in range(2):  # again, centred by the mass of what was drawn
+            # A sum of Gaussians along the stroke gives each pixel's distance from it, hence ink.
+            x, y = (-(p[..., None] - torch.arange(28) + 13.5).square() / 2).exp().unbind(2)
+            near = (y * length).transpose(1, 2) @ x / math.sqrt(2 * math.pi)
+            ink = (radius + 0.5 - (-2 * near.clamp(1e-9, 1).log()).sqrt()).clamp(0, 1)
+            mass = torch.stack([ink.sum(1), ink.sum(2)], 2) / ink.sum((1, 2))[:, None, None]
+            p = p - (mass * (torch.arange(28.0) - 13.5)[:, None]).sum(1, keepdim=True)
+        images.append((ink * 255).byte())
     return torch.cat(images)[:, None], labels
 
 
@@ -350,6 +364,23 @@ def draw_image(image: Tensor) -> list[str]:
     return ["".join(" .:-=+*#%@"[int(v) * 10 // 256] for v in row) for row in cells[0].tolist()]
 
 
+def draw_chart(history: list[dict[str, Any]], key: str, form: str) -> list[str]:
+    """Return train_{key} (.) and test_{key} (o) against the epochs, which go down the page.
+
+    The scale is that of the last three quarters of the run; what lies outside sits on its edge.
+    """
+    curves = {m: [e[f"{s}_{key}"] for e in history] for m, s in {".": "train", "o": "test"}.items()}
+    settled = [value for curve in curves.values() for value in curve[len(curve) // 4 :]]
+    low, high = min(settled), max(settled)
+    lines = ["", f"epoch  {key}: . training, o test", f"       {low:<31{form}}{high:>31{form}}"]
+    for i in range(0, len(history), math.ceil(len(history) / 30)):
+        row = [" "] * 62
+        for mark, curve in curves.items():
+            row[round(61 * min(max((curve[i] - low) / (high - low or 1), 0), 1))] = mark
+        lines.append(f"{i + 1:5} |{''.join(row)}|")
+    return lines
+
+
 def make_report(metrics: dict[str, Any], mistakes: list[tuple[Tensor, int, int, float]]) -> str:
     """Return the report of a run, at most 79 columns of ASCII.
 
@@ -359,31 +390,18 @@ def make_report(metrics: dict[str, Any], mistakes: list[tuple[Tensor, int, int, 
     n, hits, z = sum(map(sum, table)), sum(table[i][i] for i in range(10)), 1.96
     share, scale = hits / n, 1 + z * z / n  # Wilson's (1927) 95% interval of a share
     middle, half = share + z * z / 2 / n, z * math.sqrt(share * (1 - share) / n + (z / 2 / n) ** 2)
+    interval = f"{(middle - half) / scale:.2%} to {(middle + half) / scale:.2%}"
+    chosen = "best by validation" if config["val_size"] else "last, as nothing is held out"
     lines = [
-        f"{metrics['data']} test accuracy {share:.2%}, {n - hits} errors in {n:,}"
-        f" (95% interval {(middle - half) / scale:.2%} to {(middle + half) / scale:.2%})",
-        f"{config['model']} network, {metrics['parameters']:,} parameters,"
-        f" {sum(e['seconds'] for e in history):.0f} s; epoch {metrics['best_epoch']} of"
-        f" {len(history)}, {'best by validation' if config['val_size'] else 'the last'}",
+        f"{config['data']} test accuracy {share:.2%} (95% interval {interval})",
+        f"{n - hits} errors in {n:,}; {metrics['parameters']:,} parameters ({config['model']})",
+        f"epoch {metrics['best_epoch']} of {len(history)}, the {chosen};"
+        f" {sum(e['seconds'] for e in history):.0f} s on {config['device']}",
     ]
-    for key, form in {"loss": ".4f", "accuracy": ".2%"}.items():
-        curves = {
-            "o": [e[f"test_{key}"] for e in history],
-            ".": [e[f"train_{key}"] for e in history],
-        }
-        settled = curves["o"][len(history) // 4 :] + curves["."][len(history) // 4 :]
-        low, high = min(settled), max(settled)  # what lies outside is drawn on the edge
-        lines += [
-            "",
-            f"epoch  {key}: . training, o test",
-            f"       {low:<31{form}}{high:>31{form}}",
-        ]
-        for i in range(0, len(history), math.ceil(len(history) / 30)):
-            row = [" "] * 62
-            for mark, curve in curves.items():
-                row[round(61 * min(max((curve[i] - low) / (high - low or 1), 0), 1))] = mark
-            lines.append(f"{i + 1:5} |{''.join(row)}|")
-    lines += [f"\ntrue  answered{'':38} recall", " " * 5 + "".join(f"{i:5}" for i in range(10))]
+    if config["data"] == "synthetic":
+        lines.append("SYNTHETIC: these are drawn digits; no figure here is one of MNIST")
+    lines += draw_chart(history, "loss", ".4f") + draw_chart(history, "accuracy", ".2%")
+    lines += ["", f"true  answered{'':38} recall", " " * 5 + "".join(f"{i:5}" for i in range(10))]
     for i, row in enumerate(table):
         cells = "".join(f"{v or '.':>5}" for v in row)
         lines.append(f"{i:5}{cells} {row[i] / max(1, sum(row)):6.1%}")
@@ -404,38 +422,33 @@ def read_digit(path: str | Path) -> Tensor:
     and centred. Raises OSError if Pillow can't open the file, ValueError if nothing stands out.
     """
     picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    picture.thumbnail((280, 280))
+    picture.thumbnail((140, 140))
     *colours, alpha = pil_to_tensor(picture).float() / 255
     grey = torch.stack(colours).mean(0)
-    light = (grey * alpha).sum() > alpha.sum() / 2  # then what is transparent must be dark paper
-    grey = grey * alpha + (0 if light else 1) * (1 - alpha)
-    y, x = (torch.linspace(-1, 1, s) for s in grey.shape)
-    y, x = torch.meshgrid(y, x, indexing="ij")
+    paper = ((grey * alpha).sum() < alpha.sum() / 2).float()  # light ink needs it dark
+    grey = grey * alpha + paper * (1 - alpha)
+    y, x = torch.meshgrid(*(torch.linspace(-1, 1, s) for s in grey.shape), indexing="ij")
     terms = torch.stack([x**0, x, y, x * y, x * x, y * y], 2).view(-1, 6)
-    rest, keep = grey.flatten(), torch.ones(grey.numel(), dtype=torch.bool)
-    for _ in range(5):  # fit the paper's brightness again without what stands out from it
-        rest = (
-            grey.flatten() - terms @ torch.linalg.lstsq(terms[keep], grey.flatten()[keep]).solution
-        )
-        keep = rest.abs() <= 1.5 * rest[keep].std() + 0.004
-    ink = (rest * rest.pow(3).sum().sign()).view(1, 1, *grey.shape)
-    ink = F.avg_pool2d(ink, 3, 1, 1)[0, 0]
+    level, keep = grey.view(-1, 1), torch.ones(grey.numel(), dtype=torch.bool)
+    for _ in range(5):  # fit the paper's brightness, each time without what stands out from it
+        light = terms @ torch.linalg.lstsq(terms[keep], level[keep]).solution
+        rest = (level - light) / light.clamp(min=0.3)  # ink takes a share of the light
+        noise = rest[keep].std()
+        keep = rest[:, 0].abs() <= 1.5 * noise + 0.004
+    ink = F.avg_pool2d((rest * rest.pow(3).sum().sign()).view(1, *grey.shape), 3, 1, 1)[0]
     peak = ink.flatten().topk(max(1, ink.numel() // 200)).values[-1]
-    if peak < max(0.08, 4 * rest[keep].std()):
+    if not peak > max(0.08, 4 * noise):
         raise ValueError(f"nothing stands out in {path}")
     ink = ((ink / peak - 0.3) / 0.5).clamp(0, 1)
-    (top, left), (bottom, right) = (
-        f((ink > 0.5).nonzero(), 0).tolist() for f in (torch.amin, torch.amax)
-    )
-    ink = ink[top : bottom + 1, left : right + 1]
+    rows, columns = ((ink > 0.5).any(d).nonzero() for d in (1, 0))
+    ink = ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     h, w = (max(1, round(20 * s / max(ink.shape))) for s in ink.shape)
     ink = F.interpolate(ink[None, None], (h, w), mode="bilinear", antialias=True)[0, 0]
-    centres = [
-        (ink.sum(1 - d) @ (torch.arange(s) + 0.5) / ink.sum()).item() for d, s in ((0, h), (1, w))
-    ]
-    top, left = (min(max(round(14 - c), 0), 28 - s) for c, s in zip(centres, (h, w), strict=True))
-    padding = (left, 28 - w - left, top, 28 - h - top)
-    return F.pad(ink / ink.max() * 255, padding).byte()[None]
+    ink /= ink.max()
+    top = round(14 - (ink.sum(1) @ (torch.arange(h) + 0.5) / ink.sum()).item())
+    left = round(14 - (ink.sum(0) @ (torch.arange(w) + 0.5) / ink.sum()).item())
+    top, left = min(max(top, 0), 28 - h), min(max(left, 0), 28 - w)
+    return F.pad(ink * 255, (left, 28 - w - left, top, 28 - h - top)).byte()[None]
 
 
 # --------------------------------------------------------------------------------- Command line
@@ -501,7 +514,8 @@ def assess(path: Path, images: Tensor, labels: Tensor) -> tuple[dict[str, Any], 
 
 def fit(args: argparse.Namespace, train: list, val: list, test: list) -> dict[str, Any]:
     """Do one run, or the rest of one; return what metrics.json holds."""
-    config, size, amp = {f: getattr(args, f) for f in CONFIG}, len(train[1]), AMP[args.amp]
+    config = {flag: getattr(args, flag) for flag in (*CONFIG, "device")}
+    size, amp = len(train[1]), AMP[args.amp]
     torch.manual_seed(args.seed * 10_000)
     model = MODELS[args.model]().to(args.device, memory_format=torch.channels_last)
     steps = math.ceil(size / args.batch_size)
