@@ -328,6 +328,9 @@ def load_checkpoint(path: Path, state: dict[str, Any] | None = None) -> dict[str
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)
         for name, part in (state or {}).items():
             part.load_state_dict(checkpoint[f"{name}_state_dict"])
+            for p, slots in getattr(part, "state", {}).items():  # an optimizer does not check it
+                if any(slot.shape != p.shape for slot in slots.values()):
+                    raise ValueError("its optimizer's state is of another network")
         if len(checkpoint["history"]) != checkpoint["epoch"] or "model" not in checkpoint["config"]:
             raise ValueError("its history or its config is not of this program")
         if not all(t.isfinite().all() for t in checkpoint["model_state_dict"].values()):

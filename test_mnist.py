@@ -8,6 +8,7 @@ python test_mnist.py                                     without MNIST: drawn di
 MNIST_DIR=data python test_mnist.py                      real MNIST too, from data/MNIST/raw
 """
 
+import copy
 import gzip
 import hashlib
 import http.server
@@ -423,7 +424,8 @@ class Evil:
 
 def test_hundreds_of_damaged_checkpoints_are_refused_or_harmless(tmp_path):
     state, rng = new_state(), random.Random(0)
-    weights = state["model"].state_dict()
+    mnist.train_one_epoch(state, mnist.batches(IMAGES[:10], LABELS[:10], 10))
+    weights = {name: value.clone() for name, value in state["model"].state_dict().items()}
     path = save(tmp_path / "a.pth", state)
     whole, refused, touched = path.read_bytes(), 0, tmp_path / "touched"
     damaged = [whole[: rng.randrange(len(whole))] for _ in range(80)]
@@ -448,6 +450,9 @@ def test_hundreds_of_damaged_checkpoints_are_refused_or_harmless(tmp_path):
     ):
         remade.append(good | {"model_state_dict": dict(weights) | change})
     remade.append(good | {"model_state_dict": mnist.WideMNISTNet().state_dict()})
+    remade.append(copy.deepcopy(good))
+    slots = remade[-1]["optimizer_state_dict"]["state"]
+    slots[0], slots[3] = slots[3], slots[0]
     remade += [good | {"epoch": good["history"], "history": good["epoch"]}, good | {"epoch": 7}]
     remade += [
         good | {"config": {}},
@@ -722,7 +727,7 @@ def test_without_network_drawn_digits_take_mnists_place_loudly(
     assert error.startswith("mnist.py: error: ") and "MNIST/raw" in error
 
 
-def test_what_cannot_be_done_is_told_in_one_line(train, tmp_path):
+def test_what_cannot_be_done_is_told_in_one_line(train, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     cases = {
         "lower --batch-size": ["--batch-size", 301],
@@ -737,6 +742,8 @@ def test_what_cannot_be_done_is_told_in_one_line(train, tmp_path):
         message = train(*flags)
         assert message.startswith("mnist.py: error: ") and "\n" not in message
         assert words in message or words == "out"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert train().endswith("out is not writable: choose another --out")
     assert not (tmp_path / "out/metrics.json").exists()
 
 
@@ -951,6 +958,46 @@ def test_help_names_every_flag_with_its_default(capsys):
         assert re.search(rf"--{flag} .*?\(default: ", text, re.DOTALL)
     for flag in ("batch-size", "device", "amp", "out", "resume", "evaluate", "predict", "dry-run"):
         assert f"--{flag}" in text
+
+
+# ------------------------------------------------------------------------------- The file itself
+
+
+def sections():
+    """The header of mnist.py, and each section by its name."""
+    head, *rest = re.split(r"^# -{50,} (.+)\n", (HERE / "mnist.py").read_text(), flags=re.MULTILINE)
+    return head, dict(zip(rest[::2], rest[1::2], strict=True))
+
+
+@pytest.mark.parametrize("name", ["Model", "Data", "Checkpoints", "Report"])
+def test_a_section_works_alone_with_the_imports(name):
+    head, rooms = sections()
+    alone: dict = {}
+    exec(head + rooms[name], alone)
+    if name == "Model":
+        assert alone["SimpleMNISTNet"]()(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
+    if name == "Data":
+        digits = alone["draw_digits"](20, torch.Generator().manual_seed(0))
+        assert len([*alone["batches"](*digits, 10, training=True)]) == 2
+    if name == "Checkpoints":
+        assert alone["newest_checkpoint"](HERE / "nowhere") is None
+    if name == "Report":
+        metrics = metrics_of(known_history(3), torch.eye(10).int().tolist())
+        assert alone["make_report"](metrics, [(IMAGES[0], 1, 2, 0.5)]).startswith("mnist test")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_python_of_the_readme_runs(train, data_dir, tmp_path, monkeypatch, capsys, number):
+    code = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[number]
+    if "matplotlib" in code:
+        pytest.importorskip("matplotlib").use("agg")
+        train(out="model_checkpoints")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    if "matplotlib" in code:
+        assert Image.open("model_checkpoints/training_metrics.png").size == (1000, 400)
+    else:
+        assert 0 <= float(capsys.readouterr().out) <= 1
 
 
 # ------------------------------------------------------------------------------------ Real data
