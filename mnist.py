@@ -396,12 +396,12 @@ def make_report(metrics: dict[str, Any], mistakes: list[tuple[Tensor, int, int, 
     interval = f"{(middle - half) / scale:.2%} to {(middle + half) / scale:.2%}"
     chosen = "best by validation" if config["val_size"] else "last, as nothing is held out"
     lines = [
-        f"{config['data']} test accuracy {share:.2%} (95% interval {interval})",
+        f"{metrics['data']} test accuracy {share:.2%} (95% interval {interval})",
         f"{n - hits} errors in {n:,}; {metrics['parameters']:,} parameters ({config['model']})",
         f"epoch {metrics['best_epoch']} of {len(history)}, the {chosen};"
         f" {sum(e['seconds'] for e in history):.0f} s on {config['device']}",
     ]
-    if config["data"] == "synthetic":
+    if metrics["data"] == "synthetic":
         lines.append("SYNTHETIC: these are drawn digits; no figure here is one of MNIST")
     lines += draw_chart(history, "loss", ".4f") + draw_chart(history, "accuracy", ".2%")
     lines += ["", f"true  answered{'':38} recall", " " * 5 + "".join(f"{i:5}" for i in range(10))]
@@ -457,7 +457,8 @@ def read_digit(path: str | Path) -> Tensor:
 # --------------------------------------------------------------------------------- Command line
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-CONFIG = ("model", "data", "val_size", "epochs", "batch_size", "lr", "schedule", "seed", "amp")
+# The flags that make a run what it is. Without onecycle, the first may differ when it is resumed.
+CONFIG = ("epochs", "model", "data", "val_size", "batch_size", "lr", "schedule", "seed", "amp")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -485,8 +486,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     lowest = {"val_size": 0, "seed": 0, "epochs": 1, "batch_size": 1, "runs": 1, "lr": 1e-9}
     for flag, low in lowest.items():
-        if not low <= getattr(args, flag) < math.inf:
-            parser.error(f"--{flag.replace('_', '-')} must be at least {low}")
+        if not low <= getattr(args, flag) < 2**40:
+            parser.error(f"--{flag.replace('_', '-')} must be a number from {low} up")
     return args
 
 
@@ -499,14 +500,14 @@ def load_model(path: Path, device: str) -> tuple[Network, dict[str, Any]]:
     return model, load_checkpoint(path, {"model": model})
 
 
-def assess(path: Path, images: Tensor, labels: Tensor) -> tuple[dict[str, Any], list[tuple]]:
+def assess(path: Path, data: str, test: list[Tensor]) -> tuple[dict[str, Any], list[tuple]]:
     """Test a checkpoint; return what metrics.json holds and the six most confident mistakes."""
+    images, labels = test
     model, checkpoint = load_model(path, images.device)
-    config = checkpoint["config"]
-    _, accuracy, logits = evaluate(model, images, labels, AMP.get(config["amp"]))
+    _, accuracy, logits = evaluate(model, images, labels, AMP.get(checkpoint["config"]["amp"]))
     confidence, answers = logits.softmax(1).max(1)
     confusion = (labels * 10 + answers).bincount(minlength=100).view(10, 10).tolist()
-    metrics = {"parameters": model.count_parameters(), "config": config, "data": config["data"]}
+    metrics = {"parameters": model.count_parameters(), "config": checkpoint["config"], "data": data}
     metrics |= {"history": checkpoint["history"], "best_epoch": checkpoint["epoch"]}
     metrics |= {"test_accuracy": accuracy, "confusion": confusion}
     wrong = (answers != labels).nonzero()[:, 0]
@@ -529,12 +530,10 @@ def fit(args: argparse.Namespace, train: list, val: list, test: list) -> dict[st
     best, history = args.out / "best_mnist_model.pth", []
     path = Path(args.resume) if args.resume else newest_checkpoint(args.out)
     before = load_checkpoint(path)["config"] if path else config
-    for flag in CONFIG if args.schedule == "onecycle" else set(CONFIG) - {"epochs"}:
+    for flag in CONFIG if args.schedule == "onecycle" or args.resume is None else CONFIG[1:]:
         if before.get(flag) != config[flag]:
-            clash = (
-                f"--{flag.replace('_', '-')} is {config[flag]}, but {before.get(flag)} in {path}"
-            )
-            raise ValueError(f"{clash}: change the flag, or choose another --out")
+            clash = f"--{flag.replace('_', '-')} is {config[flag]}, but was {before.get(flag)}"
+            raise ValueError(f"{clash} in {path}: change the flag, or choose another --out")
     if path and args.resume is not None:
         history = load_checkpoint(path, state)["history"]
         newest_best = path.with_name(f"mnist_model_epoch_{best_entry(history)['epoch']}.pth")
@@ -562,8 +561,9 @@ def fit(args: argparse.Namespace, train: list, val: list, test: list) -> dict[st
         text = (f"{k} {v[0]:.4f} {v[1]:.2%}  " for k, v in results.items() if v[0] is not None)
         text = f"{''.join(text)}{history[-1]['seconds']:.1f} s  {rate:,.0f} images/s"
         print(f"\repoch {epoch:2}/{args.epochs}  lr {history[-1]['lr']:.4f}  {text}", flush=True)
-    metrics, mistakes = assess(best, *test)
-    metrics["history"], report = history, make_report(metrics | {"history": history}, mistakes)
+    metrics, mistakes = assess(best, args.data, test)
+    metrics["history"] = history  # the best epoch's checkpoint knows no later ones
+    report = make_report(metrics, mistakes)
     write_file(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
     write_file(args.out / "report.txt", f"{report}\n".encode())
     print(f"\n{report}")
@@ -626,7 +626,7 @@ def run(args: argparse.Namespace) -> None:
     train, test = [t.to(args.device) for t in train], [t.to(args.device) for t in test]
     train, val = [t[:size] for t in train], [t[size:] for t in train]
     if args.evaluate:
-        print(make_report(*assess(args.evaluate, *test)))
+        print(make_report(*assess(args.evaluate, args.data, test)))
         return
     MODELS[args.model]().print_model_summary()
     if args.runs == 1:

@@ -544,7 +544,7 @@ def test_the_report_of_a_known_run():
 
 def test_the_report_of_drawn_digits_says_so():
     metrics = metrics_of(known_history(2), torch.eye(10).int().tolist())
-    metrics["config"] |= {"data": "synthetic"}
+    metrics["data"] = "synthetic"
     report = mnist.make_report(metrics, []).splitlines()
     assert report[0].startswith("synthetic test accuracy")
     assert report[3] == "SYNTHETIC: these are drawn digits; no figure here is one of MNIST"
@@ -616,7 +616,8 @@ def test_a_blank_image_is_refused(tmp_path):
     "flags",
     [
         ["--epochs", "0"], ["--batch-size", "0"], ["--lr", "0"], ["--lr", "nan"], ["--lr", "inf"],
-        ["--runs", "-1"], ["--seed", "-1"], ["--val-size", "-1"], ["--model", "huge"],
+        ["--runs", "-1"], ["--seed", "-1"],
+        ["--seed", "9" * 20], ["--val-size", "-1"], ["--model", "huge"],
         ["--schedule", "x"], ["--amp", "fp8"], ["--device", "tpu"], ["--data", "x"],
         ["--epochs", "two"],
     ],
@@ -686,6 +687,15 @@ def test_evaluate_reports_a_checkpoint_again(train, tmp_path, capsys):
     assert train("--evaluate", tmp_path / "out/best_mnist_model.pth") is None
     assert capsys.readouterr().out.startswith(headline)
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+
+def test_evaluate_names_the_data_it_was_done_on(train, tmp_path, monkeypatch, capsys):
+    train()
+    draw = mnist.draw_digits
+    monkeypatch.setattr(mnist, "draw_digits", lambda n, generator: draw(n // 100, generator))
+    path = tmp_path / "out/best_mnist_model.pth"
+    assert train("--evaluate", path, "--data", "synthetic") is None
+    assert "\nsynthetic test accuracy" in capsys.readouterr().out
 
 
 def test_evaluate_refuses_a_network_it_does_not_know(train, tmp_path):
@@ -778,12 +788,12 @@ def test_resuming_a_finished_run_trains_nothing(train, tmp_path, capsys):
 def test_resume_names_the_flag_that_clashes(train):
     train()
     clashes = {
-        "--lr is 0.3, but 0.2": ["--lr", 0.3],
-        "--batch-size is 60, but 50": ["--batch-size", 60],
-        "--epochs is 4, but 2": ["--epochs", 4],
-        "--seed is 2, but 1": ["--seed", 2],
-        "--model is wide, but simple": ["--model", "wide"],
-        "--amp is bf16, but off": ["--amp", "bf16"],
+        "--lr is 0.3, but was 0.2 in ": ["--lr", 0.3],
+        "--batch-size is 60, but was 50": ["--batch-size", 60],
+        "--epochs is 4, but was 2": ["--epochs", 4],
+        "--seed is 2, but was 1": ["--seed", 2],
+        "--model is wide, but was simple": ["--model", "wide"],
+        "--amp is bf16, but was off": ["--amp", "bf16"],
     }
     for words, flags in clashes.items():
         assert words in train("--resume", *flags)
