@@ -139,22 +139,22 @@ def load_mnist(data_dir: str | Path = "data", download: bool = True) -> list[tup
 # 10x10 grid, y downwards, in the order of the pen. A point given twice is a corner.
 FORMS = [
     "5031232638597886837150 60412326385867757362604152 6040223638588674726051 "
-    "614022264968858270 5031232638597886837150 5041323647596866636150",
+    "614022264968858270 5041323647596866636150 4021242849788572504152",
     "5059 5059 6049 32505059 32505059|2979 4159",
-    "2240717356292989 22407174482927476988 2140607275482929 "
-    "3150717467382949 325071744828365789 22406173482837678988",
-    "21507254444475784928 20207070444475784928 22507163454575775928 "
-    "215072545475784928 31617244335465674828 22507163354575775928",
-    "30252585|6269 696060161686 21244574|7079 31255584|7269 20252575|7179 30345575|7168",
-    "70303024245375775928 3024245375775928|3080 7140316477594928 "
-    "3023235375784928|3080 302445675828|3090 90413465775828",
-    "603326395977553627 71402226385977755336 502326385978755326 "
-    "40232637596867553527 61343759685535 603326395977553627",
-    "20808049 20808049|3575 2220808049 2080805549 2141707049 22208048|3575",
+    "2240717356292989 2240717348291827476898 13316164381816466897 2140607275482929 "
+    "2231517347362918376899 22507254391827588978",
+    "21507254444475784928 20207070444475784928 22507163454575775928 215072545475784928 "
+    "3150716344344475784928 2241627344546576694928",
+    "30252585|6269 696060161686 21244574|7079 31255584|7269 697070161696 30345575|7168",
+    "70303024245375775928 3024245375775928|3080 7140316477594928 704034537577592917 "
+    "3034537577592917|3080 90413465775828",
+    "603326395977553627 71402226385977755336 50232638597875533627 412226385978663527 "
+    "604224275969765436 413224385978765437",
+    "20808049 20808049|3575 2220808049 22317181634549 213180718449 12223171735549|3575",
     "71503133547678593836547371 50313354737150|54363859787654 714022435668593826447271 "
-    "71503133547678593836547371 50313354737150|54363859787654 7150313365775938366481",
-    "72503123456472717169 725031234564727176785938 62402134456372626759 "
-    "704022345463|7069 72503123456472717169 7140233464717058",
+    "7150314366785937456381 50313354737150|54363859787654 7150313365775938366481",
+    "72503123456472717169 725031234564727176785938 62402134456372626759 704022345463|7069 "
+    "7140233464717058 7141233445637159",
 ]
 
 
@@ -165,26 +165,29 @@ def draw_digits(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     into 20x20 pixels and centred by mass in 28x28, as MNIST is (LeCun et al., 1998).
     """
     forms = [form.split("|") for line in FORMS for form in line.split()]
-    points = torch.zeros(60, 2, 14, 2)  # form, stroke, point (the last of a stroke repeats), x y
+    spline = torch.zeros(60, 2, 56, 100)  # weights of the grid's cells in each point of a stroke
     for i, strokes in enumerate(forms):
         for j, stroke in enumerate((*strokes, strokes[0][:2])[:2]):
-            xy = torch.tensor([int(digit) - 5.0 for digit in stroke]).view(-1, 2)
-            points[i, j] = xy[torch.arange(14).clamp(max=len(xy) - 1)]
+            points = stroke[:2] + stroke + stroke[-2:]  # its ends are corners too
+            cells = torch.eye(100)[[int(points[k : k + 2]) for k in range(0, len(points), 2)]]
+            line = F.interpolate(cells.T[None], size=56, mode="linear", align_corners=True)
+            half = round(33 / (len(cells) - 1))  # a moving average rounds all but the corners
+            line = F.pad(line, (half, half), mode="replicate")
+            spline[i, j] = F.avg_pool1d(line, 2 * half + 1, 1)[0].T
     labels, images = torch.randint(10, (n,), generator=generator), []
-    for chunk in labels.split(1000):
+    for chunk in labels.split(500):
 
         def rand(low: float, high: float, *shape: int, m: int = len(chunk)) -> Tensor:
             return low + (high - low) * torch.rand(m, *shape, generator=generator)
 
-        p = points[chunk * 6 + rand(0, 6).long()].flatten(0, 1).transpose(1, 2)
-        p = F.interpolate(p, size=56, mode="linear", align_corners=True)
-        p = F.avg_pool1d(F.pad(p, (2, 2), mode="replicate"), 5, 1)  # rounds all but the corners
-        p = p.transpose(1, 2).reshape(-1, 112, 2)
+        grid = torch.cartesian_prod(torch.arange(-5.0, 5), torch.arange(-5.0, 5))
+        grid = grid + 0.5 * torch.randn(len(chunk), 100, 2, generator=generator)  # a shaky hand
+        p = spline[chunk * 6 + rand(0, 6).long()].view(-1, 112, 100) @ grid
         for _ in range(3):
             wave = p @ rand(-0.7, 0.7, 2, 1) + rand(-math.pi, math.pi, 1, 1)
-            p = p + wave.sin() * rand(-0.4, 0.4, 1, 2)
-        turn, slant, wide = rand(-0.15, 0.15), rand(-0.2, 0.5), rand(0.85, 1.15)
-        cos, sin, radius = turn.cos(), turn.sin(), rand(0.9, 1.9, 1, 1)
+            p = p + wave.sin() * rand(-0.5, 0.5, 1, 2)
+        turn, slant, wide = rand(-0.25, 0.25), rand(-0.25, 0.55), rand(0.75, 1.25)
+        cos, sin, radius = turn.cos(), turn.sin(), rand(0.85, 2.2, 1, 1)
         turned = [wide * cos, wide * sin, -sin - slant * cos, cos - slant * sin]
         p = p @ torch.stack(turned, 1).view(-1, 2, 2)
         p = p * (20 - 2 * radius) / (p.amax(1) - p.amin(1)).amax(1)[:, None, None]
