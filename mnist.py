@@ -113,7 +113,7 @@ MNIST_CRC32 = {
 }  # fmt: skip
 
 
-def load_mnist(data_dir: str | Path = "data", download: bool = True) -> list[tuple[Tensor, Tensor]]:
+def load_mnist(data_dir: str | Path = "data") -> list[tuple[Tensor, Tensor]]:
     """Return MNIST's training and test (images, labels) from DIR/MNIST/raw, or download them.
 
     Images are uint8 (60000 or 10000, 1, 28, 28), labels int64 in 0..9. Raises ConnectionError
@@ -124,9 +124,10 @@ def load_mnist(data_dir: str | Path = "data", download: bool = True) -> list[tup
     for name in found:
         if zlib.crc32((raw / name).read_bytes()) != MNIST_CRC32[name]:
             raise OSError(f"{raw / name} is damaged: delete it and run again to download it")
-    socket.setdefaulttimeout(20)  # seconds: a silent network is no reason to hang
+    if len(found) < 4:
+        socket.setdefaulttimeout(20)  # seconds: a silent network is no reason to hang
     try:
-        splits = [datasets.MNIST(data_dir, train, download=download) for train in (True, False)]
+        splits = [datasets.MNIST(data_dir, train, download=True) for train in (True, False)]
     except Exception as error:  # whatever failed on the way
         missing = ", ".join(name for name in MNIST_CRC32 if name not in found)
         reason = (str(error).split("got:")[-1]).strip() or repr(error)
@@ -165,13 +166,13 @@ def draw_digits(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     into 20x20 pixels and centred by mass in 28x28, as MNIST is (LeCun et al., 1998).
     """
     forms = [form.split("|") for line in FORMS for form in line.split()]
-    spline = torch.zeros(60, 2, 56, 100)  # weights of the grid's cells in each point of a stroke
+    spline = torch.zeros(60, 2, 40, 100)  # weights of the grid's cells in each point of a stroke
     for i, strokes in enumerate(forms):
         for j, stroke in enumerate((*strokes, strokes[0][:2])[:2]):
             points = stroke[:2] + stroke + stroke[-2:]  # its ends are corners too
             cells = torch.eye(100)[[int(points[k : k + 2]) for k in range(0, len(points), 2)]]
-            line = F.interpolate(cells.T[None], size=56, mode="linear", align_corners=True)
-            half = round(33 / (len(cells) - 1))  # a moving average rounds all but the corners
+            line = F.interpolate(cells.T[None], size=40, mode="linear", align_corners=True)
+            half = round(24 / (len(cells) - 1))  # a moving average rounds all but the corners
             line = F.pad(line, (half, half), mode="replicate")
             spline[i, j] = F.avg_pool1d(line, 2 * half + 1, 1)[0].T
     labels, images = torch.randint(10, (n,), generator=generator), []
@@ -182,7 +183,7 @@ def draw_digits(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
         grid = torch.cartesian_prod(torch.arange(-5.0, 5), torch.arange(-5.0, 5))
         grid = grid + 0.5 * torch.randn(len(chunk), 100, 2, generator=generator)  # a shaky hand
-        p = spline[chunk * 6 + rand(0, 6).long()].view(-1, 112, 100) @ grid
+        p = spline[chunk * 6 + rand(0, 6).long()].view(-1, 80, 100) @ grid
         for _ in range(3):
             wave = p @ rand(-0.7, 0.7, 2, 1) + rand(-math.pi, math.pi, 1, 1)
             p = p + wave.sin() * rand(-0.5, 0.5, 1, 2)
@@ -191,7 +192,7 @@ def draw_digits(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         turned = [wide * cos, wide * sin, -sin - slant * cos, cos - slant * sin]
         p = p @ torch.stack(turned, 1).view(-1, 2, 2)
         p = p * (20 - 2 * radius) / (p.amax(1) - p.amin(1)).amax(1)[:, None, None]
-        length = F.pad(p.view(-1, 2, 56, 2).diff(dim=2).norm(dim=3), (0, 1)).view(-1, 112, 1)
+        length = F.pad(p.view(-1, 2, 40, 2).diff(dim=2).norm(dim=3), (0, 1)).view(-1, 80, 1)
         p = p - (length * p).sum(1, keepdim=True) / length.sum(1, keepdim=True)
         for _ in range(2):  # again, centred by the mass of what was drawn
             # A sum of Gaussians along the stroke gives each pixel's distance from it, hence ink.
@@ -243,10 +244,11 @@ def make_state(
     the run, then anneals (Smith and Topin, 2018); ``step`` multiplies by 0.7 after each epoch.
     """
     sgd = SGD(model.parameters(), lr, 0.9, weight_decay=5e-5, nesterov=True, fused=True)
-    scheduler = lr_scheduler.StepLR(sgd, steps, 0.7 if schedule == "step" else 1.0)
     if schedule == "onecycle":
         shape = {"total_steps": epochs * steps + 1, "pct_start": 0.2, "cycle_momentum": False}
         scheduler = lr_scheduler.OneCycleLR(sgd, lr, **shape)
+    else:
+        scheduler = lr_scheduler.StepLR(sgd, steps, 0.7 if schedule == "step" else 1.0)
     scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=fp16)
     return {"model": model, "optimizer": sgd, "scheduler": scheduler, "scaler": scaler}
 
@@ -304,9 +306,7 @@ def write_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except OSError as error:
-        raise OSError(
-            f"cannot write {path} ({error.strerror}); what was there is intact"
-        ) from error
+        raise OSError(f"cannot write {path} ({error.strerror}); the old one is whole") from error
 
 
 def save_checkpoint(paths: list[Path], state: dict[str, Any], **facts: Any) -> None:
