@@ -20,6 +20,7 @@ import shlex
 import signal
 import socket
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -527,9 +528,11 @@ def fit(args: argparse.Namespace, train: list, val: list, test: list) -> dict[st
     model = MODELS[args.model]().to(args.device, memory_format=torch.channels_last)
     steps = math.ceil(size / args.batch_size)
     state = make_state(model, args.lr, args.schedule, args.epochs, steps, args.amp == "fp16")
-    args.out.mkdir(parents=True, exist_ok=True)
-    if not os.access(args.out, os.W_OK):
-        raise PermissionError(f"{args.out} is not writable: choose another --out")
+    try:  # now, rather than after an epoch
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        raise OSError(f"{error.strerror} for {args.out}: choose another --out") from error
     best, history = args.out / "best_mnist_model.pth", []
     path = Path(args.resume) if args.resume else newest_checkpoint(args.out)
     before = load_checkpoint(path)["config"] if path else config
@@ -583,8 +586,8 @@ def predict(paths: list[str], model: nn.Module, device: str) -> None:
             print(f"{path}: not read: {error}")
             failed += 1
             continue
-        x = (image[None].to(device) / 255 - 0.1307) / 0.3081
-        shares, digits = model.eval()(x).softmax(1)[0].topk(3)
+        batch = image[None].to(device), torch.zeros(1, dtype=torch.long, device=device)
+        shares, digits = evaluate(model, *batch)[2].softmax(1)[0].topk(3)
         answer = "  ".join(f"{d} {s:.1%}" for d, s in zip(digits, shares, strict=True))
         print("\n".join([*draw_image(image), f"{path}: {answer}"]))
     if failed:

@@ -737,12 +737,13 @@ def test_without_network_drawn_digits_take_mnists_place_loudly(
     assert error.startswith("mnist.py: error: ") and "MNIST/raw" in error
 
 
-def test_what_cannot_be_done_is_told_in_one_line(train, tmp_path, monkeypatch):
+def test_what_cannot_be_done_is_told_in_one_line(train, tmp_path):
     (tmp_path / "file").touch()
     cases = {
         "lower --batch-size": ["--batch-size", 301],
         "0 training images": ["--val-size", 400],
-        "out": ["--out", tmp_path / "file"],
+        "file: choose another --out": ["--out", tmp_path / "file"],
+        "nowhere: choose another --out": ["--out", "/proc/nowhere"],
         "missing.pth": ["--evaluate", tmp_path / "missing.pth"],
         "best_mnist_model.pth": ["--predict", "x.png"],
     }
@@ -751,9 +752,7 @@ def test_what_cannot_be_done_is_told_in_one_line(train, tmp_path, monkeypatch):
     for words, flags in cases.items():
         message = train(*flags)
         assert message.startswith("mnist.py: error: ") and "\n" not in message
-        assert words in message or words == "out"
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert train().endswith("out is not writable: choose another --out")
+        assert words in message
     assert not (tmp_path / "out/metrics.json").exists()
 
 
