@@ -45,7 +45,8 @@ IMAGES, LABELS = mnist.draw_digits(500, torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
-def keep_signals():
+def same_start_for_every_test():
+    torch.manual_seed(0)
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -264,7 +265,7 @@ def test_augment_stays_within_its_limits():
     for axis in (1, 2):
         mass = weight.sum(3 - axis)
         shift = (mass * (torch.arange(28) - 13.5)).sum(1) / mass.sum(1)
-        assert 1.8 < shift.abs().max() < 2 / 0.8
+        assert 1.8 < shift.abs().max() < 2.8  # in pixels: two, turned, scaled and sheared
 
 
 def test_batches_yield_every_image_once_with_its_label():
