@@ -524,6 +524,8 @@ def fit(args: argparse.Namespace, train: list, val: list, test: list) -> dict[st
     """Do one run, or the rest of one; return what metrics.json holds."""
     config = {flag: getattr(args, flag) for flag in (*CONFIG, "device")}
     size, amp = len(train[1]), AMP[args.amp]
+    if args.model == "simple" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # on tensors so small more gain nothing, and lose on a busy CPU
     torch.manual_seed(args.seed * 10_000)
     model = MODELS[args.model]().to(args.device, memory_format=torch.channels_last)
     steps = math.ceil(size / args.batch_size)

@@ -659,6 +659,15 @@ def test_the_same_command_gives_the_same_bits(train, tmp_path):
     assert without_times(a["history"]) == without_times(b["history"])
 
 
+def test_the_small_network_takes_one_thread_unless_told_otherwise(train, monkeypatch):
+    torch.set_num_threads(2)
+    train("--dry-run")
+    assert torch.get_num_threads() == 2  # as OMP_NUM_THREADS is set above
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    train("--dry-run")
+    assert torch.get_num_threads() == 1
+
+
 def test_with_nothing_held_out_the_report_names_the_last_epoch(train, tmp_path):
     assert train("--val-size", 0) is None
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -816,16 +825,17 @@ def test_a_constant_rate_can_be_resumed_for_longer(train, tmp_path):
 
 
 FORKS = """
-    import faulthandler, os, signal, sys, mnist
     mnist.MNIST_CRC32 = {sums}
 
-    def start(flags, die_at=None, stderr=None):  # a fork has torch loaded: kills are cheap
+    def start(flags, die_at=None, stderr=None, limit=None):  # torch is loaded: kills are cheap
         pid = os.fork()
         if pid:
             return pid
         faulthandler.dump_traceback_later(60, exit=True)  # a child that hangs fails the test
         sys.stdout = open(os.devnull, "w")
         sys.stderr = open(stderr, "w", buffering=1) if stderr else sys.stderr
+        if limit:  # in bytes, of every file: to a program it looks like a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         fsync, calls = os.fsync, []
         def dying(file):  # in the middle of the n-th write, or right after it
             calls.append(file)
@@ -843,22 +853,48 @@ FORKS = """
 """
 
 
-def fork_script(body):
-    prelude = textwrap.dedent(FORKS).replace("{sums}", repr(mnist.MNIST_CRC32))
-    script = prelude + textwrap.dedent(body)
-    run = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
+@pytest.fixture(scope="session")
+def forks():
+    """A process that has torch loaded and runs each script it is sent in a fork of its own."""
+    server = """if True:
+        import faulthandler, os, resource, signal, sys, time, mnist
+        for path in sys.stdin:
+            pid = os.fork()
+            if not pid:
+                exec(open(path.strip()).read())
+                os._exit(0)
+            print(os.waitpid(pid, 0)[1], flush=True)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", server], cwd=HERE, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    yield process
+    process.stdin.close()
+    process.wait()
+
+
+@pytest.fixture
+def fork_script(forks, data_dir, tmp_path):
+    def run(body):
+        prelude = textwrap.dedent(FORKS).replace("{sums}", repr(mnist.MNIST_CRC32))
+        (tmp_path / "script.py").write_text(prelude + textwrap.dedent(body))
+        print(tmp_path / "script.py", file=forks.stdin, flush=True)
+        assert forks.stdout.readline() == "0\n"
+
+    return run
 
 
 KILLS = int(os.environ.get("MNIST_KILLS", "20"))
 
 
-def test_a_run_killed_again_and_again_ends_with_the_bits_of_an_unbroken_one(data_dir, tmp_path):
+def test_a_run_killed_again_and_again_ends_with_the_bits_of_an_unbroken_one(
+    fork_script, data_dir, tmp_path
+):
     flags = ["--data-dir", str(data_dir), "--device", "cpu", "--val-size", "100"]
-    flags += ["--epochs", "5", "--batch-size", "50", "--out"]
-    out = fork_script(f"""
-        import random, shutil, time
+    flags += ["--epochs", "5", "--batch-size", "100", "--out"]
+    fork_script(f"""
+        import random, shutil
         flags, folder, kills, rng = {flags}, {str(tmp_path)!r}, {KILLS}, random.Random(7)
         began = time.time()
         _, status = os.waitpid(start([*flags, folder + "/whole"]), 0)
@@ -878,9 +914,8 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_an_unbroken_one(data
                 done += os.WIFSIGNALED(status)
                 finished = os.WIFEXITED(status)
                 assert not finished or os.WEXITSTATUS(status) == 0
-        print(done)
+        assert done >= kills
     """)
-    assert int(out.split()[-1]) >= KILLS
     for name in ("mnist_model_epoch_5.pth", "best_mnist_model.pth"):
         a, b = (torch.load(tmp_path / o / name, weights_only=True) for o in ("whole", "killed"))
         assert same_bits(a["model_state_dict"], b["model_state_dict"])
@@ -893,7 +928,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_an_unbroken_one(data
     assert without_times(a.pop("history")) == without_times(b.pop("history")) and a == b
 
 
-def test_several_runs_killed_in_the_second_go_on_with_the_second(data_dir, tmp_path):
+def test_several_runs_killed_in_the_second_go_on_with_the_second(fork_script, data_dir, tmp_path):
     flags = ["--data-dir", str(data_dir), "--device", "cpu", "--val-size", "100", "--epochs", "2"]
     flags += ["--batch-size", "50", "--runs", "3", "--out"]
     fork_script(f"""
@@ -914,11 +949,10 @@ def test_several_runs_killed_in_the_second_go_on_with_the_second(data_dir, tmp_p
         assert without_times(one["history"]) == without_times(other["history"])
 
 
-def test_signals_stop_at_once_and_say_how_to_go_on(data_dir, tmp_path):
+def test_signals_stop_at_once_and_say_how_to_go_on(fork_script, data_dir, tmp_path):
     flags = ["--data-dir", str(data_dir), "--device", "cpu", "--val-size", "100"]
     flags += ["--epochs", "500", "--batch-size", "50", "--out", str(tmp_path / "out"), "--resume"]
     fork_script(f"""
-        import time
         out = {str(tmp_path / "out")!r}
         os.mkdir(out)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -939,21 +973,18 @@ def test_signals_stop_at_once_and_say_how_to_go_on(data_dir, tmp_path):
     assert mnist.newest_checkpoint(tmp_path / "out") is not None
 
 
-def test_a_full_disk_is_told_in_a_line_and_harms_nothing(data_dir, tmp_path):
-    flags = ["--data-dir", str(data_dir), "--device", "cpu", "--val-size", "100", "--epochs", "2"]
-    flags += ["--batch-size", "50", "--schedule", "constant", "--out", str(tmp_path / "out")]
-    assert mnist.main([*flags, "--epochs", "1"]) is None
+def test_a_full_disk_is_told_in_a_line_and_harms_nothing(fork_script, data_dir, tmp_path):
+    flags = ["--data-dir", str(data_dir), "--device", "cpu", "--val-size", "100", "--batch-size"]
+    flags += ["50", "--schedule", "constant", "--out", str(tmp_path / "out"), "--epochs"]
+    assert mnist.main([*flags, "1"]) is None
     before = {p: p.read_bytes() for p in (tmp_path / "out").glob("*.pth")}
-    script = f"""
-        import resource, sys, mnist
-        mnist.MNIST_CRC32 = {mnist.MNIST_CRC32}
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes a file may grow to
-        sys.exit(mnist.main())
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script), *flags, "--resume"]
-    run = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.count("\n") == 1
-    assert re.match(r"mnist.py: error: cannot write .*pth \(File too large\)", run.stderr)
+    fork_script(f"""
+        flags = {[*flags, "2", "--resume"]}
+        _, status = os.waitpid(start(flags, stderr={str(tmp_path / "errors")!r}, limit=20_000), 0)
+        assert os.WEXITSTATUS(status) == 1
+    """)
+    errors = (tmp_path / "errors").read_text()
+    assert re.fullmatch(r"mnist.py: error: cannot write .*pth \(File too large\).*\n", errors)
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").glob("*.pth")}
 
 
