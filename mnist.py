@@ -274,7 +274,7 @@ def train_one_epoch(
         scaler.update()
         scheduler.step()
         sums = torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
-        seen, totals = seen + len(y), totals.to(sums) + sums  # reading them here would wait
+        seen, totals = seen + len(y), totals.to(sums) + sums  # on the device: reading waits for it
         if size and step % 50 == 0:
             rate, bar = seen / (time.perf_counter() - start), "#" * (20 * seen // size)
             text = f"{seen / size:4.0%}  loss {totals[0] / seen:.4f}  {rate:,.0f} images/s"
@@ -402,7 +402,7 @@ def make_report(metrics: dict[str, Any], mistakes: list[tuple[Tensor, int, int, 
     lines = [
         f"{metrics['data']} test accuracy {share:.2%} (95% interval {interval})",
         f"{n - hits} errors in {n:,}; {metrics['parameters']:,} parameters ({config['model']})",
-        f"epoch {metrics['best_epoch']} of {len(history)}, the {chosen};"
+        f"epoch {metrics['best_epoch']} of {config['epochs']}, the {chosen};"
         f" {sum(e['seconds'] for e in history):.0f} s on {config['device']}",
     ]
     if metrics["data"] == "synthetic":
@@ -477,10 +477,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=15, metavar="N", help="times over the training images")
     add("--batch-size", type=int, default=64, metavar="N", help="images a step")
     add("--lr", type=float, default=0.2, metavar="F", help="highest learning rate")
-    add("--schedule", choices=["onecycle", "step", "constant"], default="onecycle", help="of it")
+    schedules = ["onecycle", "step", "constant"]
+    add("--schedule", choices=schedules, default="onecycle", help="course of the learning rate")
     add("--seed", type=int, default=1, metavar="N", help="of the first run")
     add("--runs", type=int, default=1, metavar="N", help="runs, each with a seed of its own")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to run")
     add("--amp", choices=["auto", *AMP], default="auto", help="mixed precision; auto: on CUDA")
     add("--out", type=Path, default="model_checkpoints", metavar="DIR", help="folder for results")
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on, from the newest by default")
@@ -570,7 +571,7 @@ def fit(args: argparse.Namespace, train: list, val: list, test: list) -> dict[st
         text = f"{''.join(text)}{history[-1]['seconds']:.1f} s  {rate:,.0f} images/s"
         print(f"\repoch {epoch:2}/{args.epochs}  lr {history[-1]['lr']:.4f}  {text}", flush=True)
     metrics, mistakes = assess(best, args.data, test)
-    metrics["history"] = history  # the best epoch's checkpoint knows no later ones
+    metrics |= {"history": history, "config": config}  # the best epoch's know no later ones
     report = make_report(metrics, mistakes)
     write_file(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
     write_file(args.out / "report.txt", f"{report}\n".encode())

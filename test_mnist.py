@@ -513,6 +513,7 @@ def test_with_nothing_held_out_the_last_epoch_is_the_best():
 
 def metrics_of(history, confusion):
     config = {"model": "simple", "data": "mnist", "val_size": 5000, "device": "cpu"}
+    config |= {"epochs": len(history)}
     facts = {"parameters": 7234, "config": config, "data": "mnist", "history": history}
     return facts | {"best_epoch": len(history), "confusion": confusion, "test_accuracy": 0.97}
 
@@ -694,7 +695,8 @@ def test_evaluate_reports_a_checkpoint_again(train, tmp_path, capsys):
     capsys.readouterr()
     before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     assert train("--evaluate", tmp_path / "out/best_mnist_model.pth") is None
-    assert capsys.readouterr().out.startswith(headline)
+    out = capsys.readouterr().out
+    assert out.startswith(headline) and " of 2, the best by validation" in out
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
 
@@ -820,6 +822,7 @@ def test_a_constant_rate_can_be_resumed_for_longer(train, tmp_path):
     train("--schedule", "constant", "--epochs", 3, out="whole")
     train("--schedule", "constant", "--epochs", 2)
     assert train("--schedule", "constant", "--epochs", 3, "--resume") is None
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["config"]["epochs"] == 3
     a, b = (torch.load(tmp_path / o / "mnist_model_epoch_3.pth") for o in ("whole", "out"))
     assert same_bits(a["model_state_dict"], b["model_state_dict"])
 
