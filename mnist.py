@@ -30,9 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, lr_scheduler
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
@@ -57,12 +59,34 @@ class Network(nn.Sequential):
         print(f"{type(self).__name__:<40}{self.train(training).count_parameters():>10,} parameters")
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm (Ioffe and Szegedy, 2015), in training on a CPU for k runs of pixels apart.
+
+    Its kernel wants channels in multiples of 16, a cache line; others make threads wait for each
+    other. So k neighbouring pixels pass as k times the channels. Evaluation is the usual one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        (n, c, h, w), k = x.shape, 16 // math.gcd(16, x.shape[1])
+        if not self.training or x.device.type != "cpu" or n * h * w % k:
+            return super().forward(x)
+        rows, running = (
+            x.permute(0, 2, 3, 1).reshape(-1, k * c),
+            (self.running_mean, self.running_var),
+        )
+        stats, affine = [r.repeat(k) for r in running], (self.weight.repeat(k), self.bias.repeat(k))
+        rows = F.batch_norm(rows, *stats, *affine, training=True)
+        for old, new in zip(running, stats, strict=True):
+            old.copy_(new.view(k, c).mean(0))
+        return rows.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
 class ConvBlock(nn.Sequential):
-    """A convolution that keeps the size, batch norm (Ioffe and Szegedy, 2015), ReLU."""
+    """A convolution that keeps the size, batch norm, ReLU."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int) -> None:
         conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
-        super().__init__(conv, nn.BatchNorm2d(c_out), nn.ReLU())
+        super().__init__(conv, BatchNorm(c_out), nn.ReLU())
 
 
 class ResidualBlock(nn.Sequential):
@@ -74,7 +98,7 @@ class ResidualBlock(nn.Sequential):
     def __init__(self, c: int) -> None:
         depthwise = nn.Conv2d(c, c, 5, padding=2, groups=c, bias=False)
         pointwise = nn.Conv2d(c, c, 1, bias=False)
-        super().__init__(depthwise, nn.BatchNorm2d(c), pointwise, nn.BatchNorm2d(c))
+        super().__init__(depthwise, BatchNorm(c), pointwise, BatchNorm(c))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + super().forward(x))
@@ -555,11 +579,13 @@ def fit(args: argparse.Namespace, data: dict[str, list[Tensor]]) -> dict[str, An
     config = {flag: getattr(args, flag) for flag in (*CONFIG, "device")}
     size, amp = len(data["train"][1]), AMP[args.amp]
     if args.model == "simple" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # on tensors so small more gain nothing, and lose on a busy CPU
+        torch.set_num_threads(min(4, torch.get_num_threads()))  # its tensors are small
     torch.manual_seed(args.seed * 10_000)
     model = MODELS[args.model]().to(args.device, memory_format=torch.channels_last)
     steps = math.ceil(size / args.batch_size)
     state = make_state(model, args.lr, args.schedule, args.epochs, steps, args.amp == "fp16")
+    rank, world = args.rank, args.world
+    wrapped = {"model": DistributedDataParallel(model)} if world > 1 else {}
     try:  # now, rather than after an epoch
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
@@ -575,14 +601,17 @@ def fit(args: argparse.Namespace, data: dict[str, list[Tensor]]) -> dict[str, An
     if path and args.resume is not None:
         history = load_checkpoint(path, state)["history"]
         newest_best = path.with_name(f"mnist_model_epoch_{best_entry(history)['epoch']}.pth")
-        write_file(best, newest_best.read_bytes())  # a kill may have come before this write
+        if rank == 0:  # a kill may have come before this write
+            write_file(best, newest_best.read_bytes())
     if args.resume is not None:
         print(f"resuming from {path or 'nothing, as there is no checkpoint yet'}")
     for epoch in range(len(history) + 1, args.epochs + 1):
         # The one seed of an epoch's order, augmentation and dropout, so resuming needs no other.
         torch.manual_seed(args.seed * 10_000 + epoch)
         start, loader = time.perf_counter(), batches(*data["train"], args.batch_size, True)
-        results = {"train": train_one_epoch(state, loader, amp, sys.stdout.isatty() * size)}
+        loader = ((x[rank::world], y[rank::world]) for x, y in loader)  # this process's share
+        bar = sys.stdout.isatty() * size // world
+        results = {"train": train_one_epoch(state | wrapped, loader, amp, bar)}
         rate = size / (time.perf_counter() - start)
         results["val"] = evaluate(model, *data["val"], amp) if args.val_size else (None, None)
         results["test"] = evaluate(model, *data["test"], amp)
@@ -594,11 +623,13 @@ def fit(args: argparse.Namespace, data: dict[str, list[Tensor]]) -> dict[str, An
             raise ValueError(f"the loss of epoch {epoch} is not finite: try a lower --lr")
         facts = {f"{name}_accuracy": result[1] for name, result in results.items()}
         paths = [args.out / f"mnist_model_epoch_{epoch}.pth", best]
-        paths = paths if best_entry(history)["epoch"] == epoch else paths[:1]
+        paths = [] if rank else paths if best_entry(history)["epoch"] == epoch else paths[:1]
         save_checkpoint(paths, state, epoch=epoch, **facts, history=history, config=config)
         text = (f"{k} {v[0]:.4f} {v[1]:.2%}  " for k, v in results.items() if v[0] is not None)
         text = f"{''.join(text)}{history[-1]['seconds']:.1f} s  {rate:,.0f} images/s"
         print(f"\repoch {epoch:2}/{args.epochs}  lr {history[-1]['lr']:.4f}  {text}", flush=True)
+    if rank:
+        return {}
     metrics, mistakes = assess(best, args, data)
     metrics |= {"history": history, "config": config}  # the best epoch's know no later ones
     report = make_report(metrics, mistakes)
@@ -660,7 +691,17 @@ def run(args: argparse.Namespace) -> None:
         path = args.evaluate or args.out / "best_mnist_model.pth"
         predict(args.predict, load_model(path, args.device)[0], args.device)
         return
+    args.rank, args.world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if args.world > 1:  # torchrun started this process beside others
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        sys.stdout = io.StringIO() if args.rank else sys.stdout  # only the first prints
+    if args.rank:
+        dist.barrier()  # until the first has downloaded
     data = get_data(args)
+    if args.rank == 0 < args.world - 1:
+        dist.barrier()
     if args.dry_run:
         args.epochs, args.out = 1, args.out / "dry_run"
         args.val_size = min(args.val_size, args.batch_size)
@@ -683,6 +724,8 @@ def run(args: argparse.Namespace) -> None:
     for seed in range(args.seed, args.seed + args.runs):
         args.seed, args.out = seed, out / f"seed_{seed}"
         results.append(fit(args, data))
+    if args.rank:
+        return
     scores = torch.tensor([r["test_accuracy"] for r in results], dtype=torch.float64)
     summary = {"runs": results, "mean": scores.mean().item(), "std": scores.std().item()}
     write_file(out / "metrics.json", json.dumps(summary, indent=1).encode())
@@ -708,6 +751,10 @@ def main(argv: list[str] | None = None) -> str | None:
         return None
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         return f"mnist.py: error: {' '.join(str(error).split())}"
+    except RuntimeError:
+        if not dist.is_initialized():
+            raise
+        return "mnist.py: error: another process has ended, so this one does: go on with --resume"
 
 
 if __name__ == "__main__":

@@ -134,6 +134,25 @@ def test_wide_net_starts_with_he_initialisation():
             assert weight.std().item() == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("channels", [8, 12, 16, 24])
+def test_batch_norm_keeps_the_statistics_of_torchs_own(channels):
+    ours, theirs = mnist.BatchNorm(channels), nn.BatchNorm2d(channels)
+    for norm in (ours, theirs):
+        torch.nn.init.uniform_(norm.weight), torch.nn.init.uniform_(norm.bias)
+    theirs.load_state_dict(ours.state_dict())
+    for scale in (1, 3):
+        x = torch.randn(64, channels, 28, 28) * scale + 1
+        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0.1)  # of slightly fewer pixels
+    for one, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+        if one.ndim:
+            torch.testing.assert_close(one, other, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0.01, atol=0.02)
+
+
+def test_batch_norm_takes_any_number_of_pixels():
+    assert mnist.BatchNorm(12)(torch.randn(1, 12, 5, 5)).shape == (1, 12, 5, 5)
+
+
 @pytest.mark.parametrize("name", mnist.MODELS)
 def test_models_have_no_fully_connected_layer(name):
     assert not [m for m in mnist.MODELS[name]().modules() if isinstance(m, nn.Linear)]
@@ -682,13 +701,14 @@ def test_the_same_command_gives_the_same_bits(train, tmp_path):
     assert without_times(a["history"]) == without_times(b["history"])
 
 
-def test_the_small_network_takes_one_thread_unless_told_otherwise(train, monkeypatch):
-    torch.set_num_threads(2)
+def test_the_small_network_takes_four_threads_at_most_unless_told_otherwise(train, monkeypatch):
+    torch.set_num_threads(6)
     train("--dry-run")
-    assert torch.get_num_threads() == 2  # as OMP_NUM_THREADS is set above
+    assert torch.get_num_threads() == 6  # as OMP_NUM_THREADS is set above
     monkeypatch.delenv("OMP_NUM_THREADS")
     train("--dry-run")
-    assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 4
+    torch.set_num_threads(1)
 
 
 def test_with_nothing_held_out_the_report_names_the_last_epoch(train, tmp_path):
@@ -904,6 +924,16 @@ FORKS = """
             os._exit(stop.code)
         print(error or "", file=sys.stderr)
         os._exit(1 if error else 0)
+
+    def start_two(flags, stderr=None):  # as torchrun does
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        os.environ["WORLD_SIZE"], pids = "2", []
+        for rank in (0, 1):
+            os.environ["RANK"] = str(rank)
+            pids.append(start(flags, stderr=stderr and f"{stderr}{rank}"))
+        return pids
 """
 
 
@@ -911,7 +941,7 @@ FORKS = """
 def forks():
     """A process that has torch loaded and runs each script it is sent in a fork of its own."""
     server = """if True:
-        import faulthandler, os, resource, signal, sys, time, mnist
+        import faulthandler, os, resource, signal, socket, sys, time, mnist
         for path in sys.stdin:
             pid = os.fork()
             if not pid:
@@ -1040,6 +1070,41 @@ def test_a_full_disk_is_told_in_a_line_and_harms_nothing(fork_script, data_dir, 
     errors = (tmp_path / "errors").read_text()
     assert re.fullmatch(r"mnist.py: error: cannot write .*pth \(File too large\).*\n", errors)
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").glob("*.pth")}
+
+
+def test_two_processes_train_as_one_does_and_resume_its_run(fork_script, data_dir, tmp_path):
+    flags = ["--data-dir", str(data_dir), "--device", "cpu", "--val-size", "100", "--model", "wide"]
+    flags += ["--batch-size", "70", "--schedule", "constant", "--lr", "0.01", "--resume"]
+    fork_script(f"""
+        flags, one, two = {flags}, {str(tmp_path / "one")!r}, {str(tmp_path / "two")!r}
+        assert os.waitpid(start([*flags, "--out", one, "--epochs", "3"]), 0)[1] == 0
+        assert os.waitpid(start([*flags, "--out", two, "--epochs", "1"]), 0)[1] == 0
+        for pid in start_two([*flags, "--out", two, "--epochs", "3"]):
+            assert os.waitpid(pid, 0)[1] == 0
+    """)
+    a, b = (torch.load(tmp_path / o / "mnist_model_epoch_3.pth") for o in ("one", "two"))
+    for name, weight in a["model_state_dict"].items():
+        torch.testing.assert_close(weight, b["model_state_dict"][name], rtol=1e-3, atol=1e-4)
+    for one, two in zip(a["history"], b["history"], strict=True):
+        assert one["test_loss"] == pytest.approx(two["test_loss"], rel=1e-3)
+        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=0.1)
+    assert json.loads((tmp_path / "two/metrics.json").read_text())["best_epoch"] == a["epoch"]
+
+
+def test_when_one_of_two_processes_dies_the_other_says_so(fork_script, data_dir, tmp_path):
+    flags = ["--data-dir", str(data_dir), "--device", "cpu", "--epochs", "500", "--val-size", "100"]
+    flags += ["--batch-size", "50", "--out", str(tmp_path / "out")]
+    fork_script(f"""
+        out, pids = {str(tmp_path / "out")!r}, start_two({flags}, {str(tmp_path / "errors")!r})
+        while not os.path.exists(out + "/mnist_model_epoch_2.pth"):
+            time.sleep(0.02)
+        os.kill(pids[1], signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(pids[1], 0)[1])
+        assert os.WEXITSTATUS(os.waitpid(pids[0], 0)[1]) == 1
+    """)
+    errors = (tmp_path / "errors0").read_text().splitlines()
+    assert "mnist.py: error: another process has ended" in errors[-1]
+    assert mnist.newest_checkpoint(tmp_path / "out") is not None
 
 
 def test_help_names_every_flag_with_its_default(capsys):
