@@ -70,15 +70,12 @@ class BatchNorm(nn.BatchNorm2d):
         (n, c, h, w), k = x.shape, 16 // math.gcd(16, x.shape[1])
         if not self.training or x.device.type != "cpu" or n * h * w % k:
             return super().forward(x)
-        rows, running = (
-            x.permute(0, 2, 3, 1).reshape(-1, k * c),
-            (self.running_mean, self.running_var),
-        )
-        stats, affine = [r.repeat(k) for r in running], (self.weight.repeat(k), self.bias.repeat(k))
-        rows = F.batch_norm(rows, *stats, *affine, training=True)
-        for old, new in zip(running, stats, strict=True):
-            old.copy_(new.view(k, c).mean(0))
-        return rows.view(n, h, w, c).permute(0, 3, 1, 2)
+        rows = x.permute(0, 2, 3, 1).reshape(-1, k * c)
+        mean, var = self.running_mean.repeat(k), self.running_var.repeat(k)
+        y = F.batch_norm(rows, mean, var, self.weight.repeat(k), self.bias.repeat(k), True)
+        self.running_mean.copy_(mean.view(k, c).mean(0))
+        self.running_var.copy_(var.view(k, c).mean(0))
+        return y.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 class ConvBlock(nn.Sequential):
