@@ -16,7 +16,6 @@ import io
 import json
 import math
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -571,6 +570,32 @@ def assess(path: Path, args: argparse.Namespace, data: dict[str, list[Tensor]]) 
     return metrics, [*zip(*columns, strict=True)]
 
 
+def restore(args: argparse.Namespace, state: dict[str, Any], config: dict[str, Any]) -> list:
+    """Read the run that goes on into the state; return its history, which is empty for a new one.
+
+    Raises OSError where --out can't be written, ValueError where a run of other settings is there.
+    """
+    try:  # now, rather than after an epoch
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        raise OSError(f"{error.strerror} for {args.out}: choose another --out") from error
+    path = Path(args.resume) if args.resume else newest_checkpoint(args.out)
+    before = load_checkpoint(path)["config"] if path else config
+    for flag in CONFIG if args.schedule == "onecycle" or args.resume is None else CONFIG[1:]:
+        if before.get(flag) != config[flag]:
+            clash = f"--{flag.replace('_', '-')} is {config[flag]}, but was {before.get(flag)}"
+            raise ValueError(f"{clash} in {path}: change the flag, or choose another --out")
+    if args.resume is None:
+        return []
+    print(f"resuming from {path or 'nothing, as there is no checkpoint yet'}")
+    history = load_checkpoint(path, state)["history"] if path else []
+    if path and args.rank == 0:  # a kill may have come before the best epoch's second file
+        newest_best = path.with_name(f"mnist_model_epoch_{best_entry(history)['epoch']}.pth")
+        write_file(args.out / "best_mnist_model.pth", newest_best.read_bytes())
+    return history
+
+
 def fit(args: argparse.Namespace, data: dict[str, list[Tensor]]) -> dict[str, Any]:
     """Do one run, or the rest of one; return what metrics.json holds."""
     config = {flag: getattr(args, flag) for flag in (*CONFIG, "device")}
@@ -581,27 +606,9 @@ def fit(args: argparse.Namespace, data: dict[str, list[Tensor]]) -> dict[str, An
     model = MODELS[args.model]().to(args.device, memory_format=torch.channels_last)
     steps = math.ceil(size / args.batch_size)
     state = make_state(model, args.lr, args.schedule, args.epochs, steps, args.amp == "fp16")
+    history, best = restore(args, state, config), args.out / "best_mnist_model.pth"
     rank, world = args.rank, args.world
     wrapped = {"model": DistributedDataParallel(model)} if world > 1 else {}
-    try:  # now, rather than after an epoch
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        raise OSError(f"{error.strerror} for {args.out}: choose another --out") from error
-    best, history = args.out / "best_mnist_model.pth", []
-    path = Path(args.resume) if args.resume else newest_checkpoint(args.out)
-    before = load_checkpoint(path)["config"] if path else config
-    for flag in CONFIG if args.schedule == "onecycle" or args.resume is None else CONFIG[1:]:
-        if before.get(flag) != config[flag]:
-            clash = f"--{flag.replace('_', '-')} is {config[flag]}, but was {before.get(flag)}"
-            raise ValueError(f"{clash} in {path}: change the flag, or choose another --out")
-    if path and args.resume is not None:
-        history = load_checkpoint(path, state)["history"]
-        newest_best = path.with_name(f"mnist_model_epoch_{best_entry(history)['epoch']}.pth")
-        if rank == 0:  # a kill may have come before this write
-            write_file(best, newest_best.read_bytes())
-    if args.resume is not None:
-        print(f"resuming from {path or 'nothing, as there is no checkpoint yet'}")
     for epoch in range(len(history) + 1, args.epochs + 1):
         # The one seed of an epoch's order, augmentation and dropout, so resuming needs no other.
         torch.manual_seed(args.seed * 10_000 + epoch)
@@ -733,12 +740,10 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> str | None:
     """Run the command line; return what went wrong outside it, in one line."""
     args = parse_args(argv)
-    again = shlex.join(["python", "mnist.py", *(sys.argv[1:] if argv is None else argv)])
-    again += "" if args.resume is not None else " --resume"
-    stopped = f"\nmnist.py: stopped; {args.out} holds every finished epoch. To go on: {again}"
 
     def stop(number: int, _: object) -> None:
-        print(stopped, file=sys.stderr)
+        text = f"stopped; {args.out} holds every finished epoch: the same with --resume goes on"
+        print(f"\nmnist.py: {text}", file=sys.stderr)
         sys.exit(128 + number)
 
     signal.signal(signal.SIGINT, stop)
