@@ -170,7 +170,7 @@ def test_summary_lists_layers_and_total_and_changes_nothing(capsys):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model.print_model_summary()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["ConvBlock", "('N',", "8,", "28,", "28)", "88"]
+    assert lines[0].split() == ["ConvBlock", "('N',", "8,", "26,", "26)", "88"]
     assert sum(int(line.split()[-1].replace(",", "")) for line in lines[:-1]) == 7234
     assert "7,234 parameters" in lines[-1]
     assert model.training and same_bits(before, model.state_dict())
