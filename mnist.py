@@ -449,7 +449,10 @@ def make_report(metrics: dict[str, Any], mistakes: list[tuple[Tensor, int, int, 
 
 
 def save_plot(path: Path, history: list[dict[str, Any]]) -> None:
-    """Write a PNG of loss and accuracy, training against test, where matplotlib is installed."""
+    """Write a PNG of loss and accuracy, training against test, where matplotlib is installed.
+
+    Like the charts in ASCII, it has the scale of the last three quarters of the run.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -457,13 +460,18 @@ def save_plot(path: Path, history: list[dict[str, Any]]) -> None:
         return
     figure, buffer = Figure(figsize=(10, 4), layout="constrained"), io.BytesIO()
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        settled = []
         for split, style in (("train", ".--"), ("test", ".-")):
-            axes.plot([e["epoch"] for e in history], [e[f"{split}_{key}"] for e in history], style)
+            curve = [e[f"{split}_{key}"] for e in history]
+            axes.plot([e["epoch"] for e in history], curve, style)
+            settled += curve[len(curve) // 4 :]
+        low, high = min(settled), max(settled)
+        margin = 0.05 * (high - low) + 1e-4
+        axes.set(xlabel="epoch", ylabel=key, ylim=(low - margin, high + margin))
         axes.legend(["training (augmented)", "test"])
-        axes.set(xlabel="epoch", ylabel=key)
         axes.grid(alpha=0.3)
     figure.savefig(buffer, dpi=150)
-    path.write_bytes(buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def read_digit(path: str | Path) -> Tensor:
