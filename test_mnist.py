@@ -171,8 +171,8 @@ def test_summary_lists_layers_and_total_and_changes_nothing(capsys):
     model.print_model_summary()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["ConvBlock", "('N',", "8,", "26,", "26)", "88"]
-    assert sum(int(line.split()[-1].replace(",", "")) for line in lines[:-1]) == 7234
-    assert "7,234 parameters" in lines[-1]
+    assert sum(int(line.split()[-1].replace(",", "")) for line in lines[:-1]) == 7954
+    assert "7,954 parameters" in lines[-1]
     assert model.training and same_bits(before, model.state_dict())
 
 
@@ -681,7 +681,7 @@ def test_a_run_writes_checkpoints_metrics_and_report(train, tmp_path, capsys):
         "epoch lr train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy seconds"
     )
     assert [*metrics["history"][0]] == entry.split() and len(metrics["history"]) == 3
-    assert metrics["parameters"] == 7234 and metrics["data"] == "mnist"
+    assert metrics["parameters"] == 7954 and metrics["data"] == "mnist"
     assert torch.tensor(metrics["confusion"]).sum(1).tolist() == LABELS[400:].bincount().tolist()
     best = mnist.best_entry(metrics["history"])
     assert metrics["best_epoch"] == best["epoch"]
