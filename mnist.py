@@ -525,7 +525,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--val-size", type=int, default=5000, metavar="N", help="training images held out")
     add("--epochs", type=int, default=15, metavar="N", help="times over the training images")
     add("--batch-size", type=int, default=64, metavar="N", help="images a step")
-    add("--lr", type=float, default=0.2, metavar="F", help="highest learning rate")
+    rates = {"simple": 0.4, "wide": 0.05}
+    add("--lr", type=float, metavar="F", help="highest learning rate; if not given, 0.4, wide 0.05")
     schedules = ["onecycle", "step", "constant"]
     add("--schedule", choices=schedules, default="onecycle", help="course of the learning rate")
     add("--seed", type=int, default=1, metavar="N", help="of the first run")
@@ -538,6 +539,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--predict", nargs="+", metavar="IMAGE", help="read image files instead of training")
     add("--dry-run", action="store_true", help="one small batch of everything")
     args = parser.parse_args(argv)
+    args.lr = rates[args.model] if args.lr is None else args.lr
     lowest = {"val_size": 0, "seed": 0, "epochs": 1, "batch_size": 1, "runs": 1, "lr": 1e-9}
     for flag, low in lowest.items():
         if not low <= getattr(args, flag) < 2**40:
@@ -550,7 +552,7 @@ def load_model(path: Path, device: str) -> tuple[Network, dict[str, Any]]:
     checkpoint = load_checkpoint(path)
     if checkpoint["config"]["model"] not in MODELS:
         raise ValueError(f"{path} holds a network that is not in this file")
-    model = MODELS[checkpoint["config"]["model"]]().to(device)
+    model = MODELS[checkpoint["config"]["model"]]().to(device, memory_format=torch.channels_last)
     return model, load_checkpoint(path, {"model": model})
 
 

@@ -869,7 +869,7 @@ def test_resuming_a_finished_run_trains_nothing(train, tmp_path, capsys):
 def test_resume_names_the_flag_that_clashes(train):
     train()
     clashes = {
-        "--lr is 0.3, but was 0.2 in ": ["--lr", 0.3],
+        "--lr is 0.3, but was 0.4 in ": ["--lr", 0.3],
         "--batch-size is 60, but was 50": ["--batch-size", 60],
         "--epochs is 4, but was 2": ["--epochs", 4],
         "--seed is 2, but was 1": ["--seed", 2],
