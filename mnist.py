@@ -556,7 +556,9 @@ def load_model(path: Path, device: str) -> tuple[Network, dict[str, Any]]:
     return model, load_checkpoint(path, {"model": model})
 
 
-def assess(path: Path, args: argparse.Namespace, data: dict[str, list[Tensor]]) -> tuple:
+def assess(
+    path: Path, args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[dict[str, Any], list[tuple[Tensor, int, int, float]]]:
     """Test a checkpoint; return what metrics.json holds and the six most confident mistakes."""
     images, labels = data["test"]
     model, checkpoint = load_model(path, args.device)
@@ -575,7 +577,7 @@ def assess(path: Path, args: argparse.Namespace, data: dict[str, list[Tensor]]) 
     return metrics, [*zip(*columns, strict=True)]
 
 
-def restore(args: argparse.Namespace, state: dict[str, Any], config: dict[str, Any]) -> list:
+def restore(args: argparse.Namespace, state: dict[str, Any], config: dict[str, Any]) -> list[Any]:
     """Read the run that goes on into the state; return its history, which is empty for a new one.
 
     Raises OSError where --out can't be written, ValueError where a run of other settings is there.
@@ -601,7 +603,7 @@ def restore(args: argparse.Namespace, state: dict[str, Any], config: dict[str, A
     return history
 
 
-def fit(args: argparse.Namespace, data: dict[str, list[Tensor]]) -> dict[str, Any]:
+def fit(args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """Do one run, or the rest of one; return what metrics.json holds."""
     config = {flag: getattr(args, flag) for flag in (*CONFIG, "device")}
     size, amp = len(data["train"][1]), AMP[args.amp]
@@ -667,7 +669,7 @@ def predict(paths: list[str], model: nn.Module, device: str) -> None:
         raise ValueError(f"{failed} of {len(paths)} images could not be read")
 
 
-def get_data(args: argparse.Namespace) -> dict[str, list[Tensor]]:
+def get_data(args: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the images and labels to train and to test on; settle ``args.data``."""
     asked, data, args.notice = args.data == "synthetic", {}, ""
     reason = "as asked for by --data synthetic"
@@ -715,13 +717,13 @@ def run(args: argparse.Namespace) -> None:
         args.epochs, args.out = 1, args.out / "dry_run"
         args.val_size = min(args.val_size, args.batch_size)
         n = args.batch_size + args.val_size
-        data = {name: [t[:n] for t in pair] for name, pair in data.items()}
-    data = {name: [t.to(args.device) for t in pair] for name, pair in data.items()}
-    size = len(data["train"][1]) - args.val_size
+        data = {name: (images[:n], labels[:n]) for name, (images, labels) in data.items()}
+    data = {name: (x.to(args.device), y.to(args.device)) for name, (x, y) in data.items()}
+    images, labels = data["train"]
+    size = len(labels) - args.val_size
     if size < args.batch_size:
         raise ValueError(f"{size} training images are less than a batch: lower --batch-size")
-    data["val"] = [t[size:] for t in data["train"]]
-    data["train"] = [t[:size] for t in data["train"]]
+    data |= {"train": (images[:size], labels[:size]), "val": (images[size:], labels[size:])}
     if args.evaluate:
         print(make_report(*assess(args.evaluate, args, data)))
         return

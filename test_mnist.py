@@ -314,7 +314,7 @@ def new_state(name="simple", lr=0.05, schedule="constant", epochs=1, steps=1):
 
 @pytest.mark.parametrize(("name", "lr"), [("simple", 0.05), ("wide", 0.002)])
 def test_one_batch_can_be_overfitted(name, lr):
-    state, batch = new_state(name, lr), next(mnist.batches(IMAGES[:10], LABELS[:10], 10))
+    state, batch = new_state(name, lr), next(mnist.batches(IMAGES[:5], LABELS[:5], 5))
     first, _ = mnist.train_one_epoch(state, [batch])
     for _ in range(200):
         loss, accuracy = mnist.train_one_epoch(state, [batch])
@@ -668,6 +668,11 @@ def test_bad_flags_are_bad_usage(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         mnist.main(flags)
     assert caught.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_each_network_has_a_learning_rate_of_its_own():
+    rates = [mnist.parse_args(["--model", name]).lr for name in mnist.MODELS]
+    assert rates == [0.4, 0.05] and mnist.parse_args(["--lr", "0.1"]).lr == 0.1
 
 
 def test_a_run_writes_checkpoints_metrics_and_report(train, tmp_path, capsys):
