@@ -518,11 +518,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags; wrong ones end the program with status 2."""
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser("mnist.py", formatter_class=form)
-    add = parser.add_argument
+    add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=MODELS, default="simple", help="which network")
     add("--data", choices=["auto", "mnist", "synthetic"], default="auto", help="what to train on")
     add("--data-dir", default="data", metavar="DIR", help="folder of MNIST/raw, filled if empty")
     add("--val-size", type=int, default=5000, metavar="N", help="training images held out")
+    add = parser.add_argument_group("how to train it").add_argument
     add("--epochs", type=int, default=15, metavar="N", help="times over the training images")
     add("--batch-size", type=int, default=64, metavar="N", help="images a step")
     rates = {"simple": 0.4, "wide": 0.05}
@@ -533,6 +534,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--runs", type=int, default=1, metavar="N", help="runs, each with a seed of its own")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to run")
     add("--amp", choices=["auto", *AMP], default="auto", help="mixed precision; auto: on CUDA")
+    add = parser.add_argument_group("what to do with it").add_argument
     add("--out", type=Path, default="model_checkpoints", metavar="DIR", help="folder for results")
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on, from the newest by default")
     add("--evaluate", type=Path, metavar="CKPT", help="test a checkpoint instead of training")

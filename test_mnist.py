@@ -620,15 +620,19 @@ def similarity(one, other):
     return F.cosine_similarity(one, other, 0)
 
 
-@pytest.mark.parametrize("number", range(10))
-def test_a_digit_reads_alike_in_four_guises(tmp_path, number):
-    image = IMAGES[number]
+def guises_of(image):
+    """A photo of a digit inverted, enlarged, off-centre, and as red ink on a clear ground."""
     photo = as_photo(image)
     alpha = Image.new("RGBA", photo.size, "red")
     alpha.putalpha(ImageOps.invert(photo))
     off_centre = ImageOps.expand(photo, (300, 10, 20, 200), 255)
-    guises = [ImageOps.invert(photo), photo.resize((1200, 1200)), off_centre, alpha]
-    for i, guise in enumerate(guises):
+    return ImageOps.invert(photo), photo.resize((1200, 1200)), off_centre, alpha
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_a_digit_reads_alike_in_four_guises(tmp_path, number):
+    image = IMAGES[number]
+    for i, guise in enumerate(guises_of(image)):
         guise.save(tmp_path / f"{i}.png")
         seen = mnist.read_digit(tmp_path / f"{i}.png")
         assert seen.dtype == torch.uint8 and seen.shape == (1, 28, 28)
@@ -776,6 +780,20 @@ def test_predict_reads_good_files_and_names_bad_ones(train, tmp_path, capsys):
     assert f"{files[0]}: not read" in lines[0] and f"{files[1]}: not read" in lines[1]
     assert re.fullmatch(rf"{files[2]}: \d \d+\.\d%  \d \d+\.\d%  \d \d+\.\d%", lines[-1])
     assert len(lines) == 2 + 12 + 1
+
+
+def test_predict_gives_one_answer_to_four_guises_of_a_digit(train, tmp_path, capsys):
+    train("--epochs", 12, "--lr", 0.1)
+    files = []
+    for i, guise in enumerate(itertools.chain(*map(guises_of, IMAGES[:10]))):
+        files.append(tmp_path / f"{i}.png")
+        guise.save(files[-1])
+    capsys.readouterr()
+    assert train("--predict", *files) is None
+    answers = re.findall(r"\.png: (\d)", capsys.readouterr().out)
+    assert [set(answers[i : i + 4]) for i in range(0, 40, 4)] == [
+        {str(label)} for label in LABELS[:10].tolist()
+    ]
 
 
 @pytest.fixture
