@@ -379,8 +379,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def best_entry(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the entry of the best validation accuracy, then loss; without any, the last."""
-    return max(history, key=lambda e: (e["val_accuracy"] or 0, -(e["val_loss"] or 0), e["epoch"]))
+    """Return the entry of the lowest validation loss, less noisy than accuracy; or the last."""
+    return max(history, key=lambda e: (-(e["val_loss"] or 0), e["epoch"]))
 
 
 # --------------------------------------------------------------------------------------- Report
