@@ -59,10 +59,11 @@ class Network(nn.Sequential):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm (Ioffe and Szegedy, 2015), in training on a CPU for k runs of pixels apart.
+    """Batch norm (Ioffe and Szegedy, 2015), (N, C, H, W) in and out, made for CPU threads.
 
-    Its kernel wants channels in multiples of 16, a cache line; others make threads wait for each
-    other. So k neighbouring pixels pass as k times the channels. Evaluation is the usual one.
+    Where C is no multiple of 16, a cache line of floats, torch's channels_last kernel makes them
+    write into each other's lines. So in training k neighbouring pixels pass as k times C channels,
+    each normalised by statistics of its own. Evaluation, and any other device, is torch's own.
     """
 
     def forward(self, x: Tensor) -> Tensor:
