@@ -6,6 +6,7 @@
 
     python mnist.py --epochs 15 --device cuda    train, test and report
     python mnist.py --resume                     go on after an interruption
+    python mnist.py --predict photo.jpg          read your own handwriting
 
 Sections: Model, Data, Training, Checkpoints, Report, Command line. Each uses only what stands
 above it; Model, Data, Checkpoints and Report work alone, copied out with the imports.
@@ -19,14 +20,12 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import textwrap
 import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,11 +58,9 @@ class Network(nn.Sequential):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm (Ioffe and Szegedy, 2015), (N, C, H, W) in and out, made for CPU threads.
+    """Batch norm (Ioffe and Szegedy, 2015) in which CPU threads share no cache line of 16 floats.
 
-    Where C is no multiple of 16, a cache line of floats, torch's channels_last kernel makes them
-    write into each other's lines. So in training k neighbouring pixels pass as k times C channels,
-    each normalised by statistics of its own. Evaluation, and any other device, is torch's own.
+    In training k neighbouring pixels pass as k times C channels, each with its own statistics.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,18 +76,15 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class ConvBlock(nn.Sequential):
-    """A convolution, unpadded as MNIST's margins are empty; batch norm; GELU (Hendrycks, 2016)."""
+    """A convolution, unpadded as MNIST's margins are empty; batch norm; ``more``; a GELU."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int) -> None:
+    def __init__(self, c_in: int, c_out: int, kernel: int, *more: nn.Module) -> None:
         conv = nn.Conv2d(c_in, c_out, kernel, bias=False)
-        super().__init__(conv, BatchNorm(c_out), nn.GELU())
+        super().__init__(conv, BatchNorm(c_out), *more, nn.GELU())
 
 
 class ResidualBlock(nn.Sequential):
-    """gelu(x + branch(x)) (He et al., 2015), (N, C, H, W) in and out.
-
-    The branch is a depthwise 5x5, then a 1x1 convolution, nothing between (Chollet, 2017).
-    """
+    """gelu(x + branch(x)) (He et al., 2015); a depthwise 5x5, then a 1x1 (Chollet, 2017)."""
 
     def __init__(self, c: int) -> None:
         depthwise = nn.Conv2d(c, c, 5, padding=2, groups=c, bias=False)
@@ -107,7 +101,7 @@ class SimpleMNISTNet(Network):
     def __init__(self, widths: tuple[int, ...] = (8, 12, 16, 24), dropout: float = 0.0) -> None:
         a, b, c, d = widths
         super().__init__(
-            ConvBlock(1, a, 3), ConvBlock(a, b, 3), nn.MaxPool2d(2),  # 28, 26, 24 pixels wide
+            ConvBlock(1, a, 3), ConvBlock(a, b, 3, nn.MaxPool2d(2)),  # 28 pixels wide, 26
             ConvBlock(b, c, 3), ResidualBlock(c), ConvBlock(c, d, 1),  # 12, 10
             ResidualBlock(d), nn.MaxPool2d(2), ResidualBlock(d), ResidualBlock(d),  # 10, 5
             nn.AdaptiveAvgPool2d(1), nn.Dropout(dropout), nn.Conv2d(d, 10, 1), nn.Flatten(),
@@ -130,10 +124,7 @@ MODELS = {"simple": SimpleMNISTNet, "wide": WideMNISTNet}
 
 # ----------------------------------------------------------------------------------------- Data
 
-MNIST_CRC32 = {
-    "train-images-idx3-ubyte": 0xE9F4D8B3, "train-labels-idx1-ubyte": 0xE0CB4AD2,
-    "t10k-images-idx3-ubyte": 0x91373BDF, "t10k-labels-idx1-ubyte": 0x4AB9EFF9,
-}  # fmt: skip
+MNIST_CRC32 = 0x3528FDDB  # of its images and labels, one after the other
 
 
 def load_mnist(data_dir: str | Path = "data", download: bool = True) -> list[tuple[Tensor, Tensor]]:
@@ -143,43 +134,33 @@ def load_mnist(data_dir: str | Path = "data", download: bool = True) -> list[tup
     where there are no files and none to be had, another OSError where they are damaged.
     """
     raw = Path(data_dir) / "MNIST" / "raw"
-    found = [name for name in MNIST_CRC32 if (raw / name).exists()]
-    for name in found:
-        if zlib.crc32((raw / name).read_bytes()) != MNIST_CRC32[name]:
-            raise OSError(f"{raw / name} is damaged: delete it and run again to download it")
-    if len(found) < 4:
-        socket.setdefaulttimeout(20)  # seconds: a silent network is no reason to hang
     try:
-        splits = [datasets.MNIST(data_dir, train, download=download) for train in (True, False)]
+        sets = [datasets.MNIST(data_dir, train, download=download) for train in (True, False)]
+        pairs = [(s.data[:, None], s.targets) for s in sets]
+        if zlib.crc32(b"".join(t.numpy().tobytes() for p in pairs for t in p)) != MNIST_CRC32:
+            raise ValueError("the checksum is wrong")
     except Exception as error:  # whatever failed on the way
-        missing = ", ".join(name for name in MNIST_CRC32 if name not in found)
-        reason = (str(error).split("got:")[-1]).strip() or repr(error)
-        text = f"put {missing} into {raw}, or connect: the download failed with {reason}"
-        raise (OSError if found else ConnectionError)(text) from error
-    return [(split.data[:, None], split.targets) for split in splits]
+        kind = OSError if any(raw.glob("*ubyte")) else ConnectionError
+        files = "{train,t10k}-{images-idx3,labels-idx1}-ubyte"
+        text = f"put {files} into {raw}, whole, or empty it and connect, to download them"
+        raise kind(f"{text}: {error}") from error
+    return pairs
 
 
-# How digits are written: for each of 0 to 9 six forms, strokes parted by "|", as points x, y of a
-# 10x10 grid, y downwards, in the order of the pen. A point given twice is a corner.
-FORMS = [
-    "5031232638597886837150 60412326385867757362604152 6040223638588674726051 "
-    "614022264968858270 5041323647596866636150 4021242849788572504152",
-    "5059 5059 6049 32505059 32505059|2979 4159",
-    "2240717356292989 1330607367390815467899 13316164381816466897 224061635639190726577998 "
-    "2231517347362918376899 22507254391827588978",
-    "21507254444475784928 20207070444475784928 22507163454575775928 215072545475784928 "
-    "3150716344344475784928 2241627344546576694928",
-    "30252585|6269 696060161686 21244574|7079 31255584|7269 697070161696 30345575|7168",
-    "70303024245375775928 3024245375775928|3080 7140316477594928 704034537577592917 "
-    "3034537577592917|3080 90413465775828",
-    "603326395977553627 71402226385977755336 50232638597875533627 412226385978663527 "
-    "604224275969765436 413224385978765437",
-    "20808049 20808049|3575 2220808049 22317181634549 213180718449 12223171735549|3575",
-    "71503133547678593836547371 50313354737150|54363859787654 714022435668593826447271 "
-    "7150314366785937456381 50313354737150|54363859787654 7150313365775938366481",
-    "72503123456472717169 725031234564727176785938 62402134456372626759 704022345463|7069 "
-    "7140233464717058 7141233445637159",
-]
+# How digits are written, a line for each of 0 to 9: forms of one or two strokes, as the pen moves,
+# points x, y of a 10x10 grid, y downwards. A point given twice is a corner.
+FORMS = """\
+5031232638597886837150 60412326385867757362604152 614022264968858270 4021242849788572504152
+5059 6049 32505059 32505059|2979 4159
+2240717356292989 1330607367390815467899 13316164381816466897 224061635639190726577998
+21507254444475784928 22507163454575775928 3150716344344475784928 2241627344546576694928
+30252585|6269 696060161686 21244574|7079 31255584|7269 697070161696 30345575|7168
+70303024245375775928 3024245375775928|3080 7140316477594928 704034537577592917 90413465775828
+603326395977553627 71402226385977755336 412226385978663527 604224275969765436 413224385978765437
+20808049 20808049|3575 2220808049 22317181634549 213180718449 12223171735549|3575
+71503133547678593836547371 50313354737150|54363859787654 714022435668593826447271
+72503123456472717169 725031234564727176785938 704022345463|7069 7140233464717058 7141233445637159
+"""
 
 
 def draw_digits(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -188,42 +169,40 @@ def draw_digits(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     Forms are smoothed, shaken, slanted, turned and stroked by pens of random width, then fitted
     into 20x20 pixels and centred by mass in 28x28, as MNIST is (LeCun et al., 1998).
     """
-    forms = [form.split("|") for line in FORMS for form in line.split()]
-    splines = torch.zeros(60, 2, 40, 2)  # up to two strokes a form, each of 40 points
-    for i, strokes in enumerate(forms):
-        for j, stroke in enumerate((*strokes, strokes[0][:2])[:2]):
-            points = stroke[:2] + stroke + stroke[-2:]  # its ends are corners too
-            line = torch.tensor([float(digit) for digit in points]).view(1, -1, 2).mT - 4.5
+    lines, splines, images = FORMS.splitlines(), [], []
+    for form in [form for line in lines for form in (line.split() * 12)[:12]]:
+        for stroke in f"{form}|{form[:2]}".split("|")[:2]:  # where there is no second, a dot
+            points = [int(digit) - 4.5 for digit in stroke[:2] + stroke + stroke[-2:]]
+            line = torch.tensor(points).view(1, -1, 2).mT  # its ends are corners too
             half = round(24 / (line.shape[2] - 1))  # a moving average rounds all but the corners
             line = F.interpolate(line, size=40, mode="linear", align_corners=True)
-            line = F.pad(line, (half, half), mode="replicate")
-            splines[i, j] = F.avg_pool1d(line, 2 * half + 1, 1)[0].T
-    labels, images = torch.randint(10, (n,), generator=generator), []
-    pixels = torch.arange(28) - 13.5
+            splines.append(F.avg_pool1d(line, 2 * half + 1, 1, half, count_include_pad=False)[0])
+    splines = torch.stack(splines).view(120, 2, 2, 40).transpose(1, 2).flatten(2)
+    low, high = torch.tensor([[0, -0.25, -0.25, 0.75, 0.85], [12, 0.25, 0.55, 1.25, 2.2]])[
+        ..., None
+    ]
+    labels, pixels = torch.randint(10, (n,), generator=generator), torch.arange(28) - 13.5
     for chunk in labels.split(200):
-
-        def rand(low: float, high: float, *shape: int, m: int = len(chunk)) -> Tensor:
-            return low + (high - low) * torch.rand(m, *shape, generator=generator)
-
-        p = splines[chunk * 6 + rand(0, 6).long()].view(-1, 80, 2)
-        grid = 0.9 * torch.randn(len(chunk), 2, 10, 10, generator=generator)  # a shaky hand
-        shake = F.grid_sample(grid, p[:, None] / 4.5, "bicubic", "border", align_corners=True)
-        shake = F.pad(shake.view(-1, 2, 40), (4, 4), mode="replicate")  # on paper it is smoother
-        p = p + F.avg_pool1d(shake, 9, 1).view(-1, 2, 80).mT
-        turn, slant, wide = rand(-0.25, 0.25), rand(-0.25, 0.55), rand(0.75, 1.25)
-        cos, sin, radius = turn.cos(), turn.sin(), rand(0.85, 2.2, 1, 1)
-        turned = [wide * cos, wide * sin, -sin - slant * cos, cos - slant * sin]
-        p = p @ torch.stack(turned, 1).view(-1, 2, 2)
-        p = p * (20 - 2 * radius) / (p.amax(1) - p.amin(1)).amax(1)[:, None, None]
-        length = F.pad(p.view(-1, 2, 40, 2).diff(dim=2).norm(dim=3), (0, 1)).view(-1, 80, 1)
-        p = p - (length * p).sum(1, keepdim=True) / length.sum(1, keepdim=True)
+        noise = low + (high - low) * torch.rand(5, len(chunk), generator=generator)
+        form, turn, slant, wide, radius = noise
+        p = splines[chunk * 12 + form.long()]
+        paper = 0.9 * torch.randn(len(chunk), 2, 10, 10, generator=generator)  # a shaky hand
+        shake = F.grid_sample(paper, p.mT[:, None] / 4.5, "bicubic", "border", align_corners=True)
+        shake = F.avg_pool1d(shake.view(-1, 2, 40), 9, 1, 4, count_include_pad=False)
+        cos, sin = turn.cos(), turn.sin()
+        turned = torch.stack([wide * cos, -sin - slant * cos, wide * sin, cos - slant * sin], 1)
+        p = turned.view(-1, 2, 2) @ (p + shake.view(-1, 2, 80))
+        radius, size = radius[:, None, None], p.amax(2, True) - p.amin(2, True)
+        p = p * (20 - 2 * radius) / size.amax(1, True)
+        length = F.pad(p.view(-1, 2, 2, 40).diff().norm(dim=1), (0, 1)).view(-1, 1, 80)
+        p = p - (length * p).sum(2, True) / length.sum(2, True)
         for _ in range(2):  # again, centred by the mass of what was drawn
             # A sum of Gaussians along the stroke gives each pixel's distance from it, hence ink.
-            x, y = (-(p.mT[..., None] - pixels).square() / 2).exp().unbind(1)
-            near = (y * length).mT @ x / math.sqrt(2 * math.pi)
-            ink = (radius + 0.5 - (-2 * near.clamp(1e-9, 1).log()).sqrt()).clamp(0, 1)
-            mass = torch.stack([ink.sum(1), ink.sum(2)], 2) / ink.sum((1, 2))[:, None, None]
-            p = p - (mass * pixels[:, None]).sum(1, keepdim=True)
+            x, y = (-(p[..., None] - pixels).square() / 2).exp().unbind(1)
+            density = (y.mT * length) @ x / math.sqrt(2 * math.pi)
+            ink = (radius + 0.5 - (-2 * density.clamp(1e-9, 1).log()).sqrt()).clamp(0, 1)
+            mass = torch.stack([ink.sum(1), ink.sum(2)], 1) / ink.sum((1, 2))[:, None, None]
+            p = p - (mass * pixels).sum(2, True)
         images.append((ink * 255).byte())
     return torch.cat(images)[:, None], labels
 
@@ -260,25 +239,24 @@ def batches(images: Tensor, labels: Tensor, size: int, training: bool = False) -
 
 def make_state(
     model: nn.Module, lr: float, schedule: str, epochs: int, steps: int, fp16: bool = False
-) -> dict[str, Any]:
+) -> dict:
     """Return all that training changes: model, optimizer, scheduler and scaler (for float16).
 
     The schedule moves with every batch, ``steps`` an epoch: ``onecycle`` warms up for a fifth of
     the run, then anneals (Smith and Topin, 2018); ``step`` multiplies by 0.7 after each epoch.
     """
     sgd = SGD(model.parameters(), lr, 0.9, weight_decay=5e-5, nesterov=True, fused=True)
+    scheduler = lr_scheduler.StepLR(sgd, steps, 0.7 if schedule == "step" else 1.0)
     if schedule == "onecycle":
         shape = {"total_steps": epochs * steps + 1, "pct_start": 0.2, "cycle_momentum": False}
         scheduler = lr_scheduler.OneCycleLR(sgd, lr, **shape)
-    else:
-        scheduler = lr_scheduler.StepLR(sgd, steps, 0.7 if schedule == "step" else 1.0)
     scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=fp16)
     return {"model": model, "optimizer": sgd, "scheduler": scheduler, "scaler": scaler}
 
 
 def train_one_epoch(
-    state: dict[str, Any], loader: Iterable, amp: torch.dtype | None = None, size: int = 0
-) -> tuple[float, float]:
+    state: dict, loader: Iterable, amp: torch.dtype | None = None, size: int = 0
+) -> list[float]:
     """Train on every batch (x, y) once; return the mean loss and the accuracy on the way.
 
     ``state`` is make_state's, ``amp`` autocast's dtype; a ``size`` in images draws a progress bar.
@@ -301,8 +279,7 @@ def train_one_epoch(
             rate, bar = seen / (time.perf_counter() - start), "#" * (20 * seen // size)
             text = f"{seen / size:4.0%}  loss {totals[0] / seen:.4f}  {rate:,.0f} images/s"
             print(f"\r[{bar:20}] {text}  {(size - seen) / rate:.0f} s left ", end="", flush=True)
-    loss_mean, accuracy = (totals / seen).tolist()
-    return loss_mean, accuracy
+    return (totals / seen).tolist()
 
 
 @torch.inference_mode()
@@ -332,35 +309,29 @@ def write_file(path: Path, content: bytes) -> None:
         raise OSError(f"cannot write {path} ({error.strerror}); the old one is whole") from error
 
 
-def save_checkpoint(paths: list[Path], state: dict[str, Any], **facts: Any) -> None:
+def save_checkpoint(path: Path, state: dict, **facts: object) -> None:
     """Write ``{name}_state_dict`` of each part of the state, and the facts, plain values."""
     buffer = io.BytesIO()
     torch.save({f"{name}_state_dict": p.state_dict() for name, p in state.items()} | facts, buffer)
-    for path in paths:
-        write_file(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path, state: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read a checkpoint, and into ``state``, if given, what belongs there, on whatever device.
+def load_checkpoint(path: Path, state: dict | None = None) -> dict:
+    """Read a checkpoint, running no code of it, and into ``state``, if given, what belongs there.
 
-    Runs no code of the file. Raises OSError if it can't be read, ValueError if it is no whole
-    checkpoint (its container holds a CRC-32 of every record) or does not fit the state.
+    Raises OSError if it can't be read, ValueError if it is no whole checkpoint (its container
+    holds a CRC-32 of every record) or does not fit the state.
     """
-    content = io.BytesIO(path.read_bytes())
+    content = path.read_bytes()
     try:
-        if damaged := zipfile.ZipFile(content).testzip():
+        if damaged := zipfile.ZipFile(io.BytesIO(content)).testzip():
             raise ValueError(f"the checksum of {damaged} is wrong")
-        content.seek(0)
-        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        finite = all(t.isfinite().all() for t in checkpoint["model_state_dict"].values())
+        if not finite or len(checkpoint["history"]) != checkpoint["epoch"]:
+            raise ValueError("its weights are not finite, or its history is not its own")
         for name, part in (state or {}).items():
             part.load_state_dict(checkpoint[f"{name}_state_dict"])
-            for p, slots in getattr(part, "state", {}).items():  # an optimizer does not check it
-                if any(slot.shape != p.shape for slot in slots.values()):
-                    raise ValueError("its optimizer's state is of another network")
-        if len(checkpoint["history"]) != checkpoint["epoch"] or "model" not in checkpoint["config"]:
-            raise ValueError("its history or its config is not of this program")
-        if not all(t.isfinite().all() for t in checkpoint["model_state_dict"].values()):
-            raise ValueError("its weights are not finite")
     except Exception as error:  # a damaged file can fail in any way
         reason = " ".join((str(error) or repr(error)).split())[:120]
         raise ValueError(f"{path} is not a usable checkpoint: {reason}") from error
@@ -369,8 +340,8 @@ def load_checkpoint(path: Path, state: dict[str, Any] | None = None) -> dict[str
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the whole checkpoint of the latest epoch, with a notice of each damaged one."""
-    names = folder.glob("mnist_model_epoch_*.pth")
-    for path in sorted(names, key=lambda p: (len(p.name), p.name), reverse=True):
+    paths = folder.glob("mnist_model_epoch_*.pth")
+    for path in sorted(paths, key=lambda p: (len(p.name), p.name), reverse=True):
         try:
             load_checkpoint(path)
             return path
@@ -379,9 +350,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def best_entry(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the entry of the lowest validation loss, less noisy than accuracy; or the last."""
-    return max(history, key=lambda e: (-(e["val_loss"] or 0), e["epoch"]))
+def best_epoch(history: list[dict]) -> int:
+    """Return the epoch of the lowest validation loss, less noisy than accuracy; or the last."""
+    return max(history, key=lambda e: (-(e["val_loss"] or 0), e["epoch"]))["epoch"]
 
 
 # --------------------------------------------------------------------------------------- Report
@@ -393,24 +364,21 @@ def draw_image(image: Tensor) -> list[str]:
     return ["".join(" .:-=+*#%@"[int(v) * 10 // 256] for v in row) for row in cells[0].tolist()]
 
 
-def draw_chart(history: list[dict[str, Any]], key: str, form: str) -> list[str]:
-    """Return train_{key} (.) and test_{key} (o) against the epochs, which go down the page.
-
-    The scale is that of the last three quarters of the run; what lies outside sits on its edge.
-    """
-    curves = {m: [e[f"{s}_{key}"] for e in history] for m, s in {".": "train", "o": "test"}.items()}
-    settled = [value for curve in curves.values() for value in curve[len(curve) // 4 :]]
-    low, high = min(settled), max(settled)
+def draw_chart(history: list[dict], key: str, form: str) -> list[str]:
+    """Return train_{key} (.) and test_{key} (o) against the epochs, which go down the page."""
+    curves = [[e[f"{split}_{key}"] for e in history] for split in ("train", "test")]
+    settled = [value for curve in curves for value in curve[len(curve) // 4 :]]
+    low, high = min(settled), max(settled)  # what lies outside sits on the edge
     lines = ["", f"epoch  {key}: . training, o test", f"       {low:<31{form}}{high:>31{form}}"]
     for i in range(0, len(history), math.ceil(len(history) / 30)):
         row = [" "] * 62
-        for mark, curve in curves.items():
+        for mark, curve in zip(".o", curves, strict=True):
             row[round(61 * min(max((curve[i] - low) / (high - low or 1), 0), 1))] = mark
         lines.append(f"{i + 1:5} |{''.join(row)}|")
     return lines
 
 
-def make_report(metrics: dict[str, Any], mistakes: list[tuple[Tensor, int, int, float]]) -> str:
+def make_report(metrics: dict, mistakes: list[tuple[Tensor, int, int, float]]) -> str:
     """Return the report of a run, at most 79 columns of ASCII.
 
     ``metrics`` is what metrics.json holds; a mistake is (image, label, answer, confidence).
@@ -426,29 +394,25 @@ def make_report(metrics: dict[str, Any], mistakes: list[tuple[Tensor, int, int, 
         f"{n - hits} errors in {n:,}; {metrics['parameters']:,} parameters ({config['model']})",
         f"epoch {metrics['best_epoch']} of {config['epochs']}, the {chosen};"
         f" {sum(e['seconds'] for e in history):.0f} s on {config['device']}",
+        *metrics["notice"].splitlines(),
     ]
-    lines += metrics["notice"].splitlines()
-    if metrics["real_test_accuracy"] is not None:
-        real = f"{metrics['real_test_accuracy']:.2%} of MNIST's real test images are read right"
-        lines.append(f"{real}, none of which it has seen")
+    if (real := metrics["real_test_accuracy"]) is not None:
+        lines.append(f"{real:.2%} of MNIST's real test images are read right, all of them unseen")
     lines += draw_chart(history, "loss", ".4f") + draw_chart(history, "accuracy", ".2%")
     lines += ["", f"true  answered{'':38} recall", " " * 5 + "".join(f"{i:5}" for i in range(10))]
     for i, row in enumerate(table):
         cells = "".join(f"{v or '.':>5}" for v in row)
         lines.append(f"{i:5}{cells} {row[i] / max(1, sum(row)):6.1%}")
     precision = (table[i][i] / max(1, sum(row[i] for row in table)) for i in range(10))
-    lines += ["prec." + "".join(f"{p * 100:5.1f}" for p in precision) + "  %"]
+    lines.append("prec." + "".join(f"{p * 100:5.1f}" for p in precision) + "  %")
     for trio in (mistakes[:3], mistakes[3:6]):
         lines += ["", "  ".join(f"{f'{a} -> {b} {c:.1%}':24}" for _, a, b, c in trio)]
         lines += ["  ".join(cut) for cut in zip(*(draw_image(m[0]) for m in trio), strict=True)]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def save_plot(path: Path, history: list[dict[str, Any]]) -> None:
-    """Write a PNG of loss and accuracy, training against test, where matplotlib is installed.
-
-    Like the charts in ASCII, it has the scale of the last three quarters of the run.
-    """
+def save_plot(path: Path, history: list[dict]) -> None:
+    """Write a PNG of loss and error, training against test, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -456,16 +420,10 @@ def save_plot(path: Path, history: list[dict[str, Any]]) -> None:
         return
     figure, buffer = Figure(figsize=(10, 4), layout="constrained"), io.BytesIO()
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        settled = []
-        for split, style in (("train", ".--"), ("test", ".-")):
-            curve = [e[f"{split}_{key}"] for e in history]
-            axes.plot([e["epoch"] for e in history], curve, style)
-            settled += curve[len(curve) // 4 :]
-        low, high = min(settled), max(settled)
-        margin = 0.05 * (high - low) + 1e-4
-        axes.set(xlabel="epoch", ylabel=key, ylim=(low - margin, high + margin))
+        for split in ("train", "test"):
+            axes.plot([e["epoch"] for e in history], [e[f"{split}_{key}"] for e in history], ".-")
+        axes.set(xlabel="epoch", ylabel=key, yscale="log" if key == "loss" else "logit")
         axes.legend(["training (augmented)", "test"])
-        axes.grid(alpha=0.3)
     figure.savefig(buffer, dpi=150)
     write_file(path, buffer.getvalue())
 
@@ -474,38 +432,31 @@ def read_digit(path: str | Path) -> Tensor:
     """Turn a photo, scan or drawing of one digit into what MNIST holds, uint8 (1, 28, 28).
 
     A network misreads your digit if it does not look like its training images: light on black,
-    fitted into 20x20 pixels, centred by mass (LeCun et al., 1998). So the background, a smooth
-    surface, is fitted and removed, and what stands out, lighter or darker, is cropped, fitted
-    and centred. Raises OSError if Pillow can't open the file, ValueError if nothing stands out.
+    fitted into 20x20 pixels, centred by mass (LeCun et al., 1998). Raises OSError if Pillow can't
+    open the file, ValueError if it is blank.
     """
     picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
     picture.thumbnail((140, 140))
-    *colours, alpha = pil_to_tensor(picture).float() / 255
-    grey = torch.stack(colours).mean(0)
-    paper = ((grey * alpha).sum() < alpha.sum() / 2).float()  # light ink needs it dark
-    grey = grey * alpha + paper * (1 - alpha)
-    y, x = torch.meshgrid(*(torch.linspace(-1, 1, s) for s in grey.shape), indexing="ij")
-    terms = torch.stack([x**0, x, y, x * y, x * x, y * y], 2).view(-1, 6)
-    level, keep = grey.view(-1, 1), torch.ones(grey.numel(), dtype=torch.bool)
-    for _ in range(5):  # fit the paper's brightness, each time without what stands out from it
-        light = terms @ torch.linalg.lstsq(terms[keep], level[keep]).solution
-        rest = (level - light) / light.clamp(min=0.3)  # ink takes a share of the light
-        noise = rest[keep].std()
-        keep = rest[:, 0].abs() <= 1.5 * noise + 0.004
-    ink = F.avg_pool2d((rest * rest.pow(3).sum().sign()).view(1, *grey.shape), 3, 1, 1)[0]
+    clear = picture.getextrema()[3][0] < 128  # then what is opaque is ink, of any colour
+    grey = picture.getchannel("A") if clear else picture.convert("L")
+    grey = F.avg_pool2d(pil_to_tensor(grey) / 255, 3, 1, 1, count_include_pad=False)
+    edge = torch.cat([grey[0, 0], grey[0, -1], grey[0, :, 0], grey[0, :, -1]])
+    grey = grey if edge.mean() > grey.mean() else 1 - grey  # dark ink on light paper
+    paper = -F.max_pool2d(-F.max_pool2d(grey, 71, 1, 35), 71, 1, 35)  # without anything as narrow
+    ink = ((paper - grey) / paper.clamp(min=0.2))[0]  # ink takes a share of the light
     peak = ink.flatten().topk(max(1, ink.numel() // 200)).values[-1]
-    if not peak > max(0.08, 4 * noise):
+    if peak < 0.15:
         raise ValueError(f"nothing stands out in {path}")
-    ink = ((ink / peak - 0.3) / 0.5).clamp(0, 1)
+    ink = ((ink / peak - 0.35) / 0.4).clamp(0, 1)
     rows, columns = ((ink > 0.5).any(d).nonzero() for d in (1, 0))
     ink = ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     h, w = (max(1, round(20 * s / max(ink.shape))) for s in ink.shape)
     ink = F.interpolate(ink[None, None], (h, w), mode="bilinear", antialias=True)[0, 0]
-    ink /= ink.max()
-    top = round(14 - (ink.sum(1) @ (torch.arange(h) + 0.5) / ink.sum()).item())
-    left = round(14 - (ink.sum(0) @ (torch.arange(w) + 0.5) / ink.sum()).item())
-    top, left = min(max(top, 0), 28 - h), min(max(left, 0), 28 - w)
-    return F.pad(ink * 255, (left, 28 - w - left, top, 28 - h - top)).byte()[None]
+    top, left = (28 - h) // 2, (28 - w) // 2
+    ink = F.pad(ink / ink.max(), (left, 28 - w - left, top, 28 - h - top))
+    mass = [(ink.sum(d) @ torch.arange(28.0) / ink.sum()).item() for d in (1, 0)]
+    shift = [min(max(round(13.5 - m), -4), 4) for m in mass]  # 4 pixels are free on each side
+    return (ink.roll(shift, (0, 1)) * 255).byte()[None]
 
 
 # --------------------------------------------------------------------------------- Command line
@@ -517,8 +468,8 @@ CONFIG = ("epochs", "model", "data", "val_size", "batch_size", "lr", "schedule",
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags; wrong ones end the program with status 2."""
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser("mnist.py", formatter_class=form)
+    form = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser("mnist.py", argument_default=argparse.SUPPRESS, **form)
     add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=MODELS, default="simple", help="which network")
     add("--data", choices=["auto", "mnist", "synthetic"], default="auto", help="what to train on")
@@ -527,8 +478,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("how to train it").add_argument
     add("--epochs", type=int, default=15, metavar="N", help="times over the training images")
     add("--batch-size", type=int, default=64, metavar="N", help="images a step")
-    rates = {"simple": 0.4, "wide": 0.05}
-    add("--lr", type=float, metavar="F", help="highest learning rate; if not given, 0.4, wide 0.05")
+    add("--lr", type=float, metavar="F", help="highest learning rate (default: 0.4, wide: 0.05)")
     schedules = ["onecycle", "step", "constant"]
     add("--schedule", choices=schedules, default="onecycle", help="course of the learning rate")
     add("--seed", type=int, default=1, metavar="N", help="of the first run")
@@ -540,9 +490,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on, from the newest by default")
     add("--evaluate", type=Path, metavar="CKPT", help="test a checkpoint instead of training")
     add("--predict", nargs="+", metavar="IMAGE", help="read image files instead of training")
-    add("--dry-run", action="store_true", help="one small batch of everything")
-    args = parser.parse_args(argv)
-    args.lr = rates[args.model] if args.lr is None else args.lr
+    add("--dry-run", action="store_true", default=False, help="one small batch of everything")
+    args = argparse.Namespace(lr=None, resume=None, evaluate=None, predict=None)
+    parser.parse_args(argv, args)
+    args.lr = {"simple": 0.4, "wide": 0.05}[args.model] if args.lr is None else args.lr
     lowest = {"val_size": 0, "seed": 0, "epochs": 1, "batch_size": 1, "runs": 1, "lr": 1e-9}
     for flag, low in lowest.items():
         if not low <= getattr(args, flag) < 2**40:
@@ -550,18 +501,55 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_model(path: Path, device: str) -> tuple[Network, dict[str, Any]]:
+def load_model(path: Path, device: str) -> tuple[Network, dict]:
     """Return the network of a checkpoint, on the device, and the checkpoint."""
-    checkpoint = load_checkpoint(path)
-    if checkpoint["config"]["model"] not in MODELS:
+    name = load_checkpoint(path)["config"].get("model")
+    if name not in MODELS:
         raise ValueError(f"{path} holds a network that is not in this file")
-    model = MODELS[checkpoint["config"]["model"]]().to(device, memory_format=torch.channels_last)
+    model = MODELS[name]().to(device, memory_format=torch.channels_last)
     return model, load_checkpoint(path, {"model": model})
 
 
-def assess(
-    path: Path, args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]
-) -> tuple[dict[str, Any], list[tuple[Tensor, int, int, float]]]:
+def predict(paths: list[str], model: nn.Module, device: str) -> None:
+    """Print each image file as the network sees it, and its three likeliest digits."""
+    failed = 0
+    for path in paths:
+        try:
+            image = read_digit(path)
+        except (OSError, ValueError) as error:
+            failed += 1
+            print(f"{path}: not read: {error}")
+            continue
+        batch = image[None].to(device), torch.zeros(1, dtype=torch.long, device=device)
+        shares, digits = evaluate(model, *batch)[2].softmax(1)[0].topk(3)
+        answer = "  ".join(f"{d} {s:.1%}" for d, s in zip(digits, shares, strict=True))
+        print(*draw_image(image), f"{path}: {answer}", sep="\n")
+    if failed:
+        raise ValueError(f"{failed} of {len(paths)} images could not be read")
+
+
+def get_data(args: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the images and labels to train and to test on; settle ``args.data``."""
+    asked, data, args.notice = args.data == "synthetic", {}, ""
+    reason = "as asked for by --data synthetic"
+    try:
+        data["train"], data["test"] = load_mnist(args.data_dir, download=not asked)
+    except ConnectionError as error:
+        if args.data == "mnist":
+            raise
+        reason = reason if asked else f"as there is no MNIST: {error}"
+    args.data = "mnist" if data and not asked else "synthetic"
+    if args.data == "synthetic":
+        notice = f"SYNTHETIC: drawn digits, so no figure here is one of MNIST, {reason}"
+        args.notice = textwrap.fill(notice, 79, break_on_hyphens=False)
+        print("!" * 79, args.notice, "!" * 79, sep="\n")
+        data = {"real": data["test"]} if data else {}
+        for name, n in (("train", 60_000), ("test", 10_000)):
+            data[name] = draw_digits(n, torch.Generator().manual_seed(n))
+    return data
+
+
+def assess(path: Path, args: argparse.Namespace, data: dict) -> tuple[dict, list[tuple]]:
     """Test a checkpoint; return what metrics.json holds and the six most confident mistakes."""
     images, labels = data["test"]
     model, checkpoint = load_model(path, args.device)
@@ -580,16 +568,11 @@ def assess(
     return metrics, [*zip(*columns, strict=True)]
 
 
-def restore(args: argparse.Namespace, state: dict[str, Any], config: dict[str, Any]) -> list[Any]:
+def restore(args: argparse.Namespace, state: dict, config: dict) -> list[dict]:
     """Read the run that goes on into the state; return its history, which is empty for a new one.
 
-    Raises OSError where --out can't be written, ValueError where a run of other settings is there.
+    Raises ValueError where --out or the checkpoint is of a run of other settings.
     """
-    try:  # now, rather than after an epoch
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        raise OSError(f"{error.strerror} for {args.out}: choose another --out") from error
     path = Path(args.resume) if args.resume else newest_checkpoint(args.out)
     before = load_checkpoint(path)["config"] if path else config
     for flag in CONFIG if args.schedule == "onecycle" or args.resume is None else CONFIG[1:]:
@@ -601,23 +584,23 @@ def restore(args: argparse.Namespace, state: dict[str, Any], config: dict[str, A
     print(f"resuming from {path or 'nothing, as there is no checkpoint yet'}")
     history = load_checkpoint(path, state)["history"] if path else []
     if path and args.rank == 0:  # a kill may have come before the best epoch's second file
-        newest_best = path.with_name(f"mnist_model_epoch_{best_entry(history)['epoch']}.pth")
-        write_file(args.out / "best_mnist_model.pth", newest_best.read_bytes())
+        best = path.with_name(f"mnist_model_epoch_{best_epoch(history)}.pth")
+        write_file(args.out / "best_mnist_model.pth", best.read_bytes())
     return history
 
 
-def fit(args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Do one run, or the rest of one; return what metrics.json holds."""
+def fit(args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dict:
+    """Do one run, or the rest of one, and write its files; return what metrics.json holds."""
     config = {flag: getattr(args, flag) for flag in (*CONFIG, "device")}
-    size, amp = len(data["train"][1]), AMP[args.amp]
+    size, amp, rank, world = len(data["train"][1]), AMP[args.amp], args.rank, args.world
     if args.model == "simple" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(4, torch.get_num_threads()))  # its tensors are small
     torch.manual_seed(args.seed * 10_000)
     model = MODELS[args.model]().to(args.device, memory_format=torch.channels_last)
     steps = math.ceil(size / args.batch_size)
     state = make_state(model, args.lr, args.schedule, args.epochs, steps, args.amp == "fp16")
+    args.out.mkdir(parents=True, exist_ok=True)
     history, best = restore(args, state, config), args.out / "best_mnist_model.pth"
-    rank, world = args.rank, args.world
     wrapped = {"model": DistributedDataParallel(model)} if world > 1 else {}
     for epoch in range(len(history) + 1, args.epochs + 1):
         # The one seed of an epoch's order, augmentation and dropout, so resuming needs no other.
@@ -629,19 +612,21 @@ def fit(args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dic
         rate = size / (time.perf_counter() - start)
         results["val"] = evaluate(model, *data["val"], amp) if args.val_size else (None, None)
         results["test"] = evaluate(model, *data["test"], amp)
-        history.append({"epoch": epoch, "lr": state["scheduler"].get_last_lr()[0]})
+        entry = {"epoch": epoch, "lr": state["scheduler"].get_last_lr()[0]}
         for name, (loss, accuracy, *_) in results.items():
-            history[-1] |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
-        history[-1]["seconds"] = time.perf_counter() - start
-        if not math.isfinite(results["train"][0] + results["test"][0]):
+            entry |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+        history.append(entry | {"seconds": time.perf_counter() - start})
+        if not math.isfinite(entry["train_loss"] + entry["test_loss"]):
             raise ValueError(f"the loss of epoch {epoch} is not finite: try a lower --lr")
-        facts = {f"{name}_accuracy": result[1] for name, result in results.items()}
-        paths = [args.out / f"mnist_model_epoch_{epoch}.pth", best]
-        paths = [] if rank else paths if best_entry(history)["epoch"] == epoch else paths[:1]
-        save_checkpoint(paths, state, epoch=epoch, **facts, history=history, config=config)
-        text = (f"{k} {v[0]:.4f} {v[1]:.2%}  " for k, v in results.items() if v[0] is not None)
-        text = f"{''.join(text)}{history[-1]['seconds']:.1f} s  {rate:,.0f} images/s"
-        print(f"\repoch {epoch:2}/{args.epochs}  lr {history[-1]['lr']:.4f}  {text}", flush=True)
+        if rank == 0:
+            facts = {k: v for k, v in entry.items() if "accuracy" in k or k == "epoch"}
+            facts |= {"history": history, "config": config}
+            save_checkpoint(args.out / f"mnist_model_epoch_{epoch}.pth", state, **facts)
+            if best_epoch(history) == epoch:
+                save_checkpoint(best, state, **facts)
+        text = "".join(f"{k} {v[0]:.4f} {v[1]:.2%}  " for k, v in results.items() if v[0])
+        text += f"{history[-1]['seconds']:.1f} s  {rate:,.0f} images/s"
+        print(f"\repoch {epoch:2}/{args.epochs}  lr {entry['lr']:.4f}  {text}", flush=True)
     if rank:
         return {}
     metrics, mistakes = assess(best, args, data)
@@ -652,46 +637,6 @@ def fit(args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dic
     print(f"\n{report}")
     save_plot(args.out / "training_metrics.png", history)
     return metrics
-
-
-def predict(paths: list[str], model: nn.Module, device: str) -> None:
-    """Print each image file as the network sees it, and its three likeliest digits."""
-    failed = 0
-    for path in paths:
-        try:
-            image = read_digit(path)
-        except (OSError, ValueError) as error:
-            print(f"{path}: not read: {error}")
-            failed += 1
-            continue
-        batch = image[None].to(device), torch.zeros(1, dtype=torch.long, device=device)
-        shares, digits = evaluate(model, *batch)[2].softmax(1)[0].topk(3)
-        answer = "  ".join(f"{d} {s:.1%}" for d, s in zip(digits, shares, strict=True))
-        print("\n".join([*draw_image(image), f"{path}: {answer}"]))
-    if failed:
-        raise ValueError(f"{failed} of {len(paths)} images could not be read")
-
-
-def get_data(args: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the images and labels to train and to test on; settle ``args.data``."""
-    asked, data, args.notice = args.data == "synthetic", {}, ""
-    reason = "as asked for by --data synthetic"
-    try:
-        train, test = load_mnist(args.data_dir, download=not asked)
-        if not asked:
-            args.data = "mnist"
-            return {"train": train, "test": test}
-        data["real"] = test
-    except ConnectionError as error:
-        if args.data == "mnist":
-            raise
-        reason = reason if asked else f"as there is no MNIST: {error}"
-    args.data = "synthetic"
-    notice = f"SYNTHETIC: drawn digits, so no figure here is one of MNIST, {reason}"
-    args.notice = textwrap.fill(notice, 79, break_on_hyphens=False)
-    print("!" * 79, args.notice, "!" * 79, sep="\n")
-    train, test = (draw_digits(n, torch.Generator().manual_seed(n)) for n in (60_000, 10_000))
-    return data | {"train": train, "test": test}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -731,14 +676,11 @@ def run(args: argparse.Namespace) -> None:
         print(make_report(*assess(args.evaluate, args, data)))
         return
     MODELS[args.model]().print_model_summary()
-    if args.runs == 1:
-        fit(args, data)
-        return
     out, results = args.out, []
     for seed in range(args.seed, args.seed + args.runs):
-        args.seed, args.out = seed, out / f"seed_{seed}"
+        args.seed, args.out = seed, out / f"seed_{seed}" if args.runs > 1 else out
         results.append(fit(args, data))
-    if args.rank:
+    if args.rank or args.runs == 1:
         return
     scores = torch.tensor([r["test_accuracy"] for r in results], dtype=torch.float64)
     summary = {"runs": results, "mean": scores.mean().item(), "std": scores.std().item()}
@@ -750,6 +692,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> str | None:
     """Run the command line; return what went wrong outside it, in one line."""
     args = parse_args(argv)
+    socket.setdefaulttimeout(20)  # seconds: a silent network is no reason to hang
 
     def stop(number: int, _: object) -> None:
         text = f"stopped; {args.out} holds every finished epoch: the same with --resume goes on"
