@@ -493,7 +493,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dry-run", action="store_true", default=False, help="one small batch of everything")
     args = argparse.Namespace(lr=None, resume=None, evaluate=None, predict=None)
     parser.parse_args(argv, args)
-    args.lr = {"simple": 0.4, "wide": 0.05}[args.model] if args.lr is None else args.lr
+    args.lr = {"wide": 0.05}.get(args.model, 0.4) if args.lr is None else args.lr
     lowest = {"val_size": 0, "seed": 0, "epochs": 1, "batch_size": 1, "runs": 1, "lr": 1e-9}
     for flag, low in lowest.items():
         if not low <= getattr(args, flag) < 2**40:
