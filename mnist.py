@@ -24,7 +24,7 @@ import textwrap
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -222,15 +222,18 @@ def augment(images: Tensor, strength: float = 1.0) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def batches(images: Tensor, labels: Tensor, size: int, training: bool = False) -> Iterator:
+def batches(
+    images: Tensor, labels: Tensor, size: int, transform: Callable | None = None
+) -> Iterator:
     """Yield each image once, normalised, float (size, 1, 28, 28), with its label, int64 (size,).
 
-    Takes uint8 (N, 1, 28, 28) and works on its device; ``training`` shuffles and augments.
+    Takes uint8 (N, 1, 28, 28) and works on its device. To train, give a ``transform`` of float
+    images in 0..1, such as augment: it makes the order a random one.
     """
-    order = torch.randperm if training else torch.arange
+    order = torch.randperm if transform else torch.arange
     for index in order(len(images), device=images.device).split(size):
         x = images[index].float() / 255
-        x = augment(x) if training else x
+        x = transform(x) if transform else x
         yield (x - 0.1307) / 0.3081, labels[index]  # mean and deviation of the training pixels
 
 
@@ -411,13 +414,10 @@ def make_report(metrics: dict, mistakes: list[tuple[Tensor, int, int, float]]) -
     return "\n".join(line.rstrip() for line in lines)
 
 
-def save_plot(path: Path, history: list[dict]) -> None:
-    """Write a PNG of loss and error, training against test, where matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"for {path}: pip install matplotlib, then --resume")
-        return
+def draw_plot(history: list[dict]) -> bytes:
+    """Return a PNG of loss and accuracy, training against test; needs matplotlib."""
+    from matplotlib.figure import Figure
+
     figure, buffer = Figure(figsize=(10, 4), layout="constrained"), io.BytesIO()
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for split in ("train", "test"):
@@ -425,7 +425,7 @@ def save_plot(path: Path, history: list[dict]) -> None:
         axes.set(xlabel="epoch", ylabel=key, yscale="log" if key == "loss" else "logit")
         axes.legend(["training (augmented)", "test"])
     figure.savefig(buffer, dpi=150)
-    write_file(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_digit(path: str | Path) -> Tensor:
@@ -605,7 +605,7 @@ def fit(args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dic
     for epoch in range(len(history) + 1, args.epochs + 1):
         # The one seed of an epoch's order, augmentation and dropout, so resuming needs no other.
         torch.manual_seed(args.seed * 10_000 + epoch)
-        start, loader = time.perf_counter(), batches(*data["train"], args.batch_size, True)
+        start, loader = time.perf_counter(), batches(*data["train"], args.batch_size, augment)
         loader = ((x[rank::world], y[rank::world]) for x, y in loader)  # this process's share
         bar = sys.stdout.isatty() * size // world
         results = {"train": train_one_epoch(state | wrapped, loader, amp, bar)}
@@ -635,7 +635,10 @@ def fit(args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dic
     write_file(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
     write_file(args.out / "report.txt", f"{report}\n".encode())
     print(f"\n{report}")
-    save_plot(args.out / "training_metrics.png", history)
+    try:
+        write_file(args.out / "training_metrics.png", draw_plot(history))
+    except ImportError:
+        print("for training_metrics.png: pip install matplotlib, then --resume")
     return metrics
 
 

@@ -27,6 +27,7 @@ import sys
 import textwrap
 import threading
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -294,8 +295,8 @@ def test_augment_stays_within_its_limits():
 def test_batches_yield_every_image_once_with_its_label():
     images = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(100, 1, 28, 28)
     epochs = []
-    for training in (False, True):
-        pairs = [*mnist.batches(images, torch.arange(100), 30, training)]
+    for transform in (None, lambda x: x):
+        pairs = [*mnist.batches(images, torch.arange(100), 30, transform)]
         assert [len(y) for _, y in pairs] == [30, 30, 30, 10]
         epochs.append(torch.cat([y for _, y in pairs]).tolist())
         centres = torch.cat([x[:, 0, 14, 14] for x, _ in pairs]) * 0.3081 + 0.1307
@@ -585,23 +586,15 @@ def test_the_report_is_narrow_plain_ascii(epochs):
     assert report.count("4 -> 9 98.7%") == 6
 
 
-def test_a_plot_is_written_where_matplotlib_is_installed(tmp_path):
+def test_a_plot_shows_both_curves_of_both_figures():
     pytest.importorskip("matplotlib")
-    mnist.save_plot(tmp_path / "training_metrics.png", known_history(15))
-    picture = pil_to_tensor(Image.open(tmp_path / "training_metrics.png").convert("RGB"))
+    picture = Image.open(io.BytesIO(mnist.draw_plot(known_history(15)))).convert("RGB")
+    picture = pil_to_tensor(picture)
     assert picture.shape == (3, 600, 1500)
     blue, orange = torch.tensor([[31, 119, 180], [255, 127, 14]], dtype=torch.uint8)
-    for half in picture.split(750, 2):  # both curves, in both charts
+    for half in picture.split(750, 2):
         for colour in (blue, orange):
             assert (half == colour[:, None, None]).all(0).sum() > 100
-
-
-def test_without_matplotlib_a_line_says_how_to_get_the_plot(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    mnist.save_plot(tmp_path / "training_metrics.png", known_history(2))
-    out = capsys.readouterr().out
-    assert "pip install matplotlib" in out and out.count("\n") == 1
-    assert not [*tmp_path.iterdir()]
 
 
 def test_an_image_is_drawn_in_shades():
@@ -705,6 +698,12 @@ def test_a_run_writes_checkpoints_metrics_and_report(train, tmp_path, monkeypatc
     keys += " train_accuracy val_accuracy test_accuracy history config"
     checkpoint = torch.load(out / "best_mnist_model.pth", weights_only=True)
     assert set(checkpoint) == set(keys.split()) and checkpoint["epoch"] == best["epoch"]
+
+
+def test_without_matplotlib_a_line_says_how_to_get_the_plot(train, tmp_path, capsys):
+    assert train("--dry-run") is None
+    assert "for training_metrics.png: pip install matplotlib" in capsys.readouterr().out
+    assert not (tmp_path / "out/dry_run/training_metrics.png").exists()
 
 
 def test_the_same_command_gives_the_same_bits(train, tmp_path):
@@ -1157,35 +1156,67 @@ def test_help_names_every_flag_with_its_default(capsys):
 
 # ------------------------------------------------------------------------------- The file itself
 
+SOURCE = (HERE / "mnist.py").read_text()
+README = (HERE / "README.md").read_text()
+SAVED = "'a.pth', {'model': nn.Linear(1, 1)}, epoch=0, history=[], config={}"
+KNOWN = metrics_of(known_history(3), torch.eye(10).int().tolist())
+USES = [  # where to begin copying, where to stop, and a use of what was copied
+    ("# -+ Model", "# -+ Data", "SimpleMNISTNet()(torch.zeros(1, 1, 28, 28))"),
+    ("# -+ Data", "# -+ Tr", "next(batches(*draw_digits(9, torch.Generator()), 9, augment))"),
+    ("# -+ Check", "# -+ Rep", f"save_checkpoint({SAVED}); newest_checkpoint(Path('.'))"),
+    ("# -+ Report", "# -+ Comm", f"make_report({KNOWN}, [(torch.ones(1, 28, 28), 1, 2, 0.5)])"),
+    ("def augment", "\n\n", "augment(torch.rand(2, 1, 28, 28))"),
+    ("# How digits", "def augment", "draw_digits(9, torch.Generator())"),
+    (
+        "def batches",
+        "\n\n",
+        "next(batches(torch.ones(9, 1, 28, 28), torch.ones(9), 3, lambda x: x))",
+    ),
+]
 
-def sections():
-    """The header of mnist.py, and each section by its name."""
-    head, *rest = re.split(r"^# -{50,} (.+)\n", (HERE / "mnist.py").read_text(), flags=re.MULTILINE)
-    return head, dict(zip(rest[::2], rest[1::2], strict=True))
 
-
-@pytest.mark.parametrize("name", ["Model", "Data", "Checkpoints", "Report"])
-def test_a_section_works_alone_with_the_imports(name):
-    head, rooms = sections()
-    alone: dict = {}
-    exec(head + rooms[name], alone)
-    if name == "Model":
-        assert alone["SimpleMNISTNet"]()(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
-    if name == "Data":
-        digits = alone["draw_digits"](20, torch.Generator().manual_seed(0))
-        assert len([*alone["batches"](*digits, 10, training=True)]) == 2
-    if name == "Checkpoints":
-        assert alone["newest_checkpoint"](HERE / "nowhere") is None
-    if name == "Report":
-        metrics = metrics_of(known_history(3), torch.eye(10).int().tolist())
-        assert alone["make_report"](metrics, [(IMAGES[0], 1, 2, 0.5)]).startswith("mnist test")
+def test_each_section_and_piece_works_alone_with_the_imports(tmp_path):
+    cut = partial(re.search, string=SOURCE, flags=re.DOTALL | re.MULTILINE)
+    imports, script = cut("^import argparse.*?(?=^# -)")[0], tmp_path / "copied.py"
+    for start, end, use in USES:
+        piece = cut(f"^{start}.*?(?=^{end})")[0]
+        with script.open("a") as file:  # each in a namespace of its own
+            print(f"exec({imports + piece + use!r}, dict())", file=file)
+    subprocess.run([sys.executable, script], cwd=tmp_path, check=True)
 
 
 def test_the_python_of_the_readme_runs(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for code in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL):
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(code, {})
         assert 0 <= float(capsys.readouterr().out) <= 1
+
+
+CHANGES = re.findall(r"`python mnist.py(.*?)`:\n\n```diff\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize(("flags", "change"), CHANGES)
+def test_the_changes_of_the_readme_make_it_anothers(flags, change, data_dir, tmp_path, monkeypatch):
+    """Each diff, of three lines at most, applies to mnist.py, and the changed file trains."""
+    lines, source = change.splitlines(), SOURCE
+    assert sum(line[0] == "+" for line in lines) <= 3 and sum(line[0] == "-" for line in lines) <= 3
+    old = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
+    new = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
+    assert source.count(old) == 1
+    space = {"__name__": "changed"}
+    exec(source.replace(old, new), space)
+    monkeypatch.setitem(space, "MNIST_CRC32", mnist.MNIST_CRC32)
+    if "FashionMNIST" in change:
+        (data_dir / "MNIST").rename(data_dir / "FashionMNIST")
+    more = ["--data-dir", data_dir, "--data", "mnist", "--device", "cpu", "--epochs", 2]
+    more += ["--val-size", 100, "--batch-size", 50, "--out", tmp_path / "out"]
+    assert space["main"]([*flags.split(), *map(str, more)]) is None
+    history = json.loads((tmp_path / "out/metrics.json").read_text())["history"]
+    assert history[1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_there_are_three_such_changes():
+    assert len(CHANGES) == 3
 
 
 # ------------------------------------------------------------------------------------ Real data
