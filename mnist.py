@@ -26,6 +26,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, lr_scheduler
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -169,18 +171,17 @@ def draw_digits(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     Forms are smoothed, shaken, slanted, turned and stroked by pens of random width, then fitted
     into 20x20 pixels and centred by mass in 28x28, as MNIST is (LeCun et al., 1998).
     """
-    lines, splines, images = FORMS.splitlines(), [], []
-    for form in [form for line in lines for form in (line.split() * 12)[:12]]:
+    points, images = [], []
+    for form in [form for line in FORMS.splitlines() for form in (line.split() * 12)[:12]]:
         for stroke in f"{form}|{form[:2]}".split("|")[:2]:  # where there is no second, a dot
-            points = [int(digit) - 4.5 for digit in stroke[:2] + stroke + stroke[-2:]]
-            line = torch.tensor(points).view(1, -1, 2).mT  # its ends are corners too
+            corners = stroke[:2] + stroke + stroke[-2:]  # its ends are corners too
+            line = torch.tensor([int(digit) - 4.5 for digit in corners]).view(1, -1, 2).mT
             half = round(24 / (line.shape[2] - 1))  # a moving average rounds all but the corners
             line = F.interpolate(line, size=40, mode="linear", align_corners=True)
-            splines.append(F.avg_pool1d(line, 2 * half + 1, 1, half, count_include_pad=False)[0])
-    splines = torch.stack(splines).view(120, 2, 2, 40).transpose(1, 2).flatten(2)
-    low, high = torch.tensor([[0, -0.25, -0.25, 0.75, 0.85], [12, 0.25, 0.55, 1.25, 2.2]])[
-        ..., None
-    ]
+            points.append(F.avg_pool1d(line, 2 * half + 1, 1, half, count_include_pad=False)[0])
+    splines = torch.stack(points).view(120, 2, 2, 40).transpose(1, 2).flatten(2)
+    limits = torch.tensor([[0, 12], [-0.25, 0.25], [-0.25, 0.55], [0.75, 1.25], [0.85, 2.2]])
+    low, high = limits.mT[..., None]
     labels, pixels = torch.randint(10, (n,), generator=generator), torch.arange(28) - 13.5
     for chunk in labels.split(200):
         noise = low + (high - low) * torch.rand(5, len(chunk), generator=generator)
@@ -223,8 +224,8 @@ def augment(images: Tensor, strength: float = 1.0) -> Tensor:
 
 
 def batches(
-    images: Tensor, labels: Tensor, size: int, transform: Callable | None = None
-) -> Iterator:
+    images: Tensor, labels: Tensor, size: int, transform: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each image once, normalised, float (size, 1, 28, 28), with its label, int64 (size,).
 
     Takes uint8 (N, 1, 28, 28) and works on its device. To train, give a ``transform`` of float
@@ -242,23 +243,23 @@ def batches(
 
 def make_state(
     model: nn.Module, lr: float, schedule: str, epochs: int, steps: int, fp16: bool = False
-) -> dict:
+) -> dict[str, Any]:
     """Return all that training changes: model, optimizer, scheduler and scaler (for float16).
 
     The schedule moves with every batch, ``steps`` an epoch: ``onecycle`` warms up for a fifth of
     the run, then anneals (Smith and Topin, 2018); ``step`` multiplies by 0.7 after each epoch.
     """
     sgd = SGD(model.parameters(), lr, 0.9, weight_decay=5e-5, nesterov=True, fused=True)
-    scheduler = lr_scheduler.StepLR(sgd, steps, 0.7 if schedule == "step" else 1.0)
+    scheduler: LRScheduler = StepLR(sgd, steps, 0.7 if schedule == "step" else 1.0)
     if schedule == "onecycle":
-        shape = {"total_steps": epochs * steps + 1, "pct_start": 0.2, "cycle_momentum": False}
-        scheduler = lr_scheduler.OneCycleLR(sgd, lr, **shape)
+        total = epochs * steps + 1
+        scheduler = OneCycleLR(sgd, lr, total, pct_start=0.2, cycle_momentum=False)
     scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=fp16)
     return {"model": model, "optimizer": sgd, "scheduler": scheduler, "scaler": scaler}
 
 
 def train_one_epoch(
-    state: dict, loader: Iterable, amp: torch.dtype | None = None, size: int = 0
+    state: dict[str, Any], loader: Iterable[Any], amp: torch.dtype | None = None, size: int = 0
 ) -> list[float]:
     """Train on every batch (x, y) once; return the mean loss and the accuracy on the way.
 
@@ -312,14 +313,14 @@ def write_file(path: Path, content: bytes) -> None:
         raise OSError(f"cannot write {path} ({error.strerror}); the old one is whole") from error
 
 
-def save_checkpoint(path: Path, state: dict, **facts: object) -> None:
+def save_checkpoint(path: Path, state: dict[str, Any], **facts: object) -> None:
     """Write ``{name}_state_dict`` of each part of the state, and the facts, plain values."""
     buffer = io.BytesIO()
     torch.save({f"{name}_state_dict": p.state_dict() for name, p in state.items()} | facts, buffer)
     write_file(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path, state: dict | None = None) -> dict:
+def load_checkpoint(path: Path, state: dict[str, Any] | None = None) -> dict[str, Any]:
     """Read a checkpoint, running no code of it, and into ``state``, if given, what belongs there.
 
     Raises OSError if it can't be read, ValueError if it is no whole checkpoint (its container
@@ -329,7 +330,9 @@ def load_checkpoint(path: Path, state: dict | None = None) -> dict:
     try:
         if damaged := zipfile.ZipFile(io.BytesIO(content)).testzip():
             raise ValueError(f"the checksum of {damaged} is wrong")
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(
+            io.BytesIO(content), map_location="cpu", weights_only=True
+        )
         finite = all(t.isfinite().all() for t in checkpoint["model_state_dict"].values())
         if not finite or len(checkpoint["history"]) != checkpoint["epoch"]:
             raise ValueError("its weights are not finite, or its history is not its own")
@@ -353,9 +356,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def best_epoch(history: list[dict]) -> int:
+def best_epoch(history: list[dict[str, Any]]) -> int:
     """Return the epoch of the lowest validation loss, less noisy than accuracy; or the last."""
-    return max(history, key=lambda e: (-(e["val_loss"] or 0), e["epoch"]))["epoch"]
+    return int(max(history, key=lambda e: (-(e["val_loss"] or 0), e["epoch"]))["epoch"])
 
 
 # --------------------------------------------------------------------------------------- Report
@@ -367,7 +370,7 @@ def draw_image(image: Tensor) -> list[str]:
     return ["".join(" .:-=+*#%@"[int(v) * 10 // 256] for v in row) for row in cells[0].tolist()]
 
 
-def draw_chart(history: list[dict], key: str, form: str) -> list[str]:
+def draw_chart(history: list[dict[str, Any]], key: str, form: str) -> list[str]:
     """Return train_{key} (.) and test_{key} (o) against the epochs, which go down the page."""
     curves = [[e[f"{split}_{key}"] for e in history] for split in ("train", "test")]
     settled = [value for curve in curves for value in curve[len(curve) // 4 :]]
@@ -381,7 +384,7 @@ def draw_chart(history: list[dict], key: str, form: str) -> list[str]:
     return lines
 
 
-def make_report(metrics: dict, mistakes: list[tuple[Tensor, int, int, float]]) -> str:
+def make_report(metrics: dict[str, Any], mistakes: list[tuple[Tensor, int, int, float]]) -> str:
     """Return the report of a run, at most 79 columns of ASCII.
 
     ``metrics`` is what metrics.json holds; a mistake is (image, label, answer, confidence).
@@ -414,15 +417,19 @@ def make_report(metrics: dict, mistakes: list[tuple[Tensor, int, int, float]]) -
     return "\n".join(line.rstrip() for line in lines)
 
 
-def draw_plot(history: list[dict]) -> bytes:
-    """Return a PNG of loss and accuracy, training against test; needs matplotlib."""
+def draw_plot(history: list[dict[str, Any]]) -> bytes:
+    """Return a PNG of loss and error, training against test, on log scales; needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure, buffer = Figure(figsize=(10, 4), layout="constrained"), io.BytesIO()
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for split in ("train", "test"):
-            axes.plot([e["epoch"] for e in history], [e[f"{split}_{key}"] for e in history], ".-")
-        axes.set(xlabel="epoch", ylabel=key, yscale="log" if key == "loss" else "logit")
+            values = [e[f"{split}_{key}"] for e in history]
+            curve = values if key == "loss" else [100 * (1 - value) for value in values]
+            axes.plot([e["epoch"] for e in history], curve, ".-")
+        axes.set(xlabel="epoch", ylabel=key if key == "loss" else "error, %", yscale="log")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.legend(["training (augmented)", "test"])
     figure.savefig(buffer, dpi=150)
     return buffer.getvalue()
@@ -437,9 +444,9 @@ def read_digit(path: str | Path) -> Tensor:
     """
     picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
     picture.thumbnail((140, 140))
-    clear = picture.getextrema()[3][0] < 128  # then what is opaque is ink, of any colour
-    grey = picture.getchannel("A") if clear else picture.convert("L")
-    grey = F.avg_pool2d(pil_to_tensor(grey) / 255, 3, 1, 1, count_include_pad=False)
+    alpha = pil_to_tensor(picture.getchannel("A"))
+    pixels = alpha if alpha.min() < 128 else pil_to_tensor(picture.convert("L"))
+    grey = F.avg_pool2d(pixels / 255, 3, 1, 1, count_include_pad=False)
     edge = torch.cat([grey[0, 0], grey[0, -1], grey[0, :, 0], grey[0, :, -1]])
     grey = grey if edge.mean() > grey.mean() else 1 - grey  # dark ink on light paper
     paper = -F.max_pool2d(-F.max_pool2d(grey, 71, 1, 35), 71, 1, 35)  # without anything as narrow
@@ -468,8 +475,8 @@ CONFIG = ("epochs", "model", "data", "val_size", "batch_size", "lr", "schedule",
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags; wrong ones end the program with status 2."""
-    form = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    parser = argparse.ArgumentParser("mnist.py", argument_default=argparse.SUPPRESS, **form)
+    form, none = argparse.ArgumentDefaultsHelpFormatter, argparse.SUPPRESS
+    parser = argparse.ArgumentParser("mnist.py", formatter_class=form, argument_default=none)
     add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=MODELS, default="simple", help="which network")
     add("--data", choices=["auto", "mnist", "synthetic"], default="auto", help="what to train on")
@@ -501,7 +508,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_model(path: Path, device: str) -> tuple[Network, dict]:
+def load_model(path: Path, device: str) -> tuple[Network, dict[str, Any]]:
     """Return the network of a checkpoint, on the device, and the checkpoint."""
     name = load_checkpoint(path)["config"].get("model")
     if name not in MODELS:
@@ -549,7 +556,9 @@ def get_data(args: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
     return data
 
 
-def assess(path: Path, args: argparse.Namespace, data: dict) -> tuple[dict, list[tuple]]:
+def assess(
+    path: Path, args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
     """Test a checkpoint; return what metrics.json holds and the six most confident mistakes."""
     images, labels = data["test"]
     model, checkpoint = load_model(path, args.device)
@@ -568,7 +577,9 @@ def assess(path: Path, args: argparse.Namespace, data: dict) -> tuple[dict, list
     return metrics, [*zip(*columns, strict=True)]
 
 
-def restore(args: argparse.Namespace, state: dict, config: dict) -> list[dict]:
+def restore(
+    args: argparse.Namespace, state: dict[str, Any], config: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Read the run that goes on into the state; return its history, which is empty for a new one.
 
     Raises ValueError where --out or the checkpoint is of a run of other settings.
@@ -589,7 +600,7 @@ def restore(args: argparse.Namespace, state: dict, config: dict) -> list[dict]:
     return history
 
 
-def fit(args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dict:
+def fit(args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """Do one run, or the rest of one, and write its files; return what metrics.json holds."""
     config = {flag: getattr(args, flag) for flag in (*CONFIG, "device")}
     size, amp, rank, world = len(data["train"][1]), AMP[args.amp], args.rank, args.world
@@ -608,7 +619,7 @@ def fit(args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dic
         start, loader = time.perf_counter(), batches(*data["train"], args.batch_size, augment)
         loader = ((x[rank::world], y[rank::world]) for x, y in loader)  # this process's share
         bar = sys.stdout.isatty() * size // world
-        results = {"train": train_one_epoch(state | wrapped, loader, amp, bar)}
+        results: dict[str, Any] = {"train": train_one_epoch(state | wrapped, loader, amp, bar)}
         rate = size / (time.perf_counter() - start)
         results["val"] = evaluate(model, *data["val"], amp) if args.val_size else (None, None)
         results["test"] = evaluate(model, *data["test"], amp)
