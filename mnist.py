@@ -497,9 +497,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on, from the newest by default")
     add("--evaluate", type=Path, metavar="CKPT", help="test a checkpoint instead of training")
     add("--predict", nargs="+", metavar="IMAGE", help="read image files instead of training")
-    add("--dry-run", action="store_true", default=False, help="one small batch of everything")
-    args = argparse.Namespace(lr=None, resume=None, evaluate=None, predict=None)
-    parser.parse_args(argv, args)
+    add("--dry-run", action="store_true", default=none, help="one small batch of everything")
+    unset = dict.fromkeys(("lr", "resume", "evaluate", "predict"))
+    args = parser.parse_args(argv, argparse.Namespace(dry_run=False, **unset))
     args.lr = {"wide": 0.05}.get(args.model, 0.4) if args.lr is None else args.lr
     lowest = {"val_size": 0, "seed": 0, "epochs": 1, "batch_size": 1, "runs": 1, "lr": 1e-9}
     for flag, low in lowest.items():
