@@ -78,7 +78,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class ConvBlock(nn.Sequential):
-    """A convolution, unpadded as MNIST's margins are empty; batch norm; ``more``; a GELU."""
+    """Unpadded convolution, as MNIST has empty margins; norm; ``more``; GELU (Hendrycks, 2016)."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, *more: nn.Module) -> None:
         conv = nn.Conv2d(c_in, c_out, kernel, bias=False)
@@ -103,9 +103,9 @@ class SimpleMNISTNet(Network):
     def __init__(self, widths: tuple[int, ...] = (8, 12, 16, 24), dropout: float = 0.0) -> None:
         a, b, c, d = widths
         super().__init__(
-            ConvBlock(1, a, 3), ConvBlock(a, b, 3, nn.MaxPool2d(2)),  # 28 pixels wide, 26
-            ConvBlock(b, c, 3), ResidualBlock(c), ConvBlock(c, d, 1),  # 12, 10
-            ResidualBlock(d), nn.MaxPool2d(2), ResidualBlock(d), ResidualBlock(d),  # 10, 5
+            ConvBlock(1, a, 3), ConvBlock(a, b, 3, nn.MaxPool2d(2)),  # 28 and 26 pixels wide
+            ConvBlock(b, c, 3), ResidualBlock(c), ConvBlock(c, d, 1),  # 12, then 10
+            ResidualBlock(d), nn.MaxPool2d(2), ResidualBlock(d), ResidualBlock(d),  # 10, then 5
             nn.AdaptiveAvgPool2d(1), nn.Dropout(dropout), nn.Conv2d(d, 10, 1), nn.Flatten(),
         )  # fmt: skip
 
