@@ -1180,10 +1180,8 @@ def test_each_section_and_piece_works_alone_with_the_imports(tmp_path):
     subprocess.run([sys.executable, script], cwd=tmp_path, check=True)
 
 
-def test_the_python_of_the_readme_runs(train, tmp_path, monkeypatch, capsys):
-    train(out="model_checkpoints")
+def test_the_python_of_the_readme_runs(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(code, {})
         assert 0 <= float(capsys.readouterr().out) <= 1
