@@ -1187,7 +1187,7 @@ def test_the_python_of_the_readme_runs(data_dir, tmp_path, monkeypatch, capsys):
         assert 0 <= float(capsys.readouterr().out) <= 1
 
 
-CHANGES = re.findall(r"`python mnist.py(.*?)`:\n\n```diff\n(.*?)```", README, re.DOTALL)
+CHANGES = re.findall(r"`python mnist.py([^`]*)`:\n\n```diff\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize(("flags", "change"), CHANGES)
