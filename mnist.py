@@ -338,6 +338,9 @@ def load_checkpoint(path: Path, state: dict[str, Any] | None = None) -> dict[str
             raise ValueError("its weights are not finite, or its history is not its own")
         for name, part in (state or {}).items():
             part.load_state_dict(checkpoint[f"{name}_state_dict"])
+            for p, slots in getattr(part, "state", {}).items():  # an optimizer does not check it
+                if any(slot.shape != p.shape for slot in slots.values()):
+                    raise ValueError("its optimizer's state is of another network")
     except Exception as error:  # a damaged file can fail in any way
         reason = " ".join((str(error) or repr(error)).split())[:120]
         raise ValueError(f"{path} is not a usable checkpoint: {reason}") from error
