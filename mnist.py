@@ -336,6 +336,8 @@ def load_checkpoint(path: Path, state: dict[str, Any] | None = None) -> dict[str
         finite = all(t.isfinite().all() for t in checkpoint["model_state_dict"].values())
         if not finite or len(checkpoint["history"]) != checkpoint["epoch"]:
             raise ValueError("its weights are not finite, or its history is not its own")
+        if not {"model", "amp"} <= checkpoint["config"].keys():
+            raise ValueError("its config is not of this program")
         for name, part in (state or {}).items():
             part.load_state_dict(checkpoint[f"{name}_state_dict"])
             for p, slots in getattr(part, "state", {}).items():  # an optimizer does not check it

@@ -763,8 +763,15 @@ def test_evaluate_names_the_data_it_was_done_on(train, tmp_path, few_digits, cap
     assert "\nsynthetic test accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("config", [None, [], {}, {"model": "simple"}])
+def test_a_checkpoint_without_a_config_is_told_in_a_line(train, tmp_path, config):
+    path = save(tmp_path / "a.pth", new_state(), config=config)
+    for flag in ("--evaluate", "--resume"):
+        assert "a.pth is not a usable checkpoint" in train(flag, path)
+
+
 def test_evaluate_refuses_a_network_it_does_not_know(train, tmp_path):
-    path = save(tmp_path / "a.pth", new_state(), config={"model": "resnet"})
+    path = save(tmp_path / "a.pth", new_state(), config={"model": "resnet", "amp": "off"})
     assert "a network that is not in this file" in train("--evaluate", path)
 
 
