@@ -258,28 +258,64 @@ def make_state(
     return {"model": model, "optimizer": sgd, "scheduler": scheduler, "scaler": scaler}
 
 
+def record(work: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[..., Tensor]:
+    """Return work(x, y) as a CUDA graph: all its kernels in one launch (Ng et al., 2021).
+
+    What is a number in Python, as a learning rate is, keeps its value of now: leave it outside.
+    Raises RuntimeError where the work can't be recorded.
+    """
+    graph, inputs = torch.cuda.CUDAGraph(), (x.clone(), y.clone())
+    with torch.cuda.graph(graph):  # nothing is computed yet
+        result = work(*inputs)
+
+    def replay(x: Tensor, y: Tensor) -> Tensor:
+        if x.shape != inputs[0].shape:  # the epoch's last batch
+            return work(x, y)
+        for held, new in zip(inputs, (x, y), strict=True):
+            held.copy_(new)
+        graph.replay()
+        return result
+
+    return replay
+
+
 def train_one_epoch(
-    state: dict[str, Any], loader: Iterable[Any], amp: torch.dtype | None = None, size: int = 0
+    state: dict[str, Any],
+    loader: Iterable[Any],
+    amp: torch.dtype | None = None,
+    size: int = 0,
+    graph: bool = False,
 ) -> list[float]:
     """Train on every batch (x, y) once; return the mean loss and the accuracy on the way.
 
-    ``state`` is make_state's, ``amp`` autocast's dtype; a ``size`` in images draws a progress bar.
+    ``state`` is make_state's, ``amp`` autocast's dtype; a ``size`` in images draws a progress bar;
+    with ``graph``, forward and backward pass are replayed as a CUDA graph.
     """
     model, optimizer, scheduler, scaler = state.values()
-    model.train()
-    start, seen, totals = time.perf_counter(), 0, torch.zeros(2)
-    for step, (x, y) in enumerate(loader):
+
+    def gradients(x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, amp, enabled=amp is not None):
             logits = model(x)
             loss = F.cross_entropy(logits, y)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
+        return torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
+
+    model.train()
+    step: Callable[..., Tensor] = gradients
+    start, seen, totals = time.perf_counter(), 0, torch.zeros(2)
+    for i, (x, y) in enumerate(loader):
+        if graph and i == 3:  # after the steps that set up libraries and memory
+            try:
+                step = record(gradients, x, y)
+            except RuntimeError as error:
+                print(f"notice: no CUDA graph, so a slower epoch: {' '.join(str(error).split())}")
+        sums = step(x, y)
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
-        sums = torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
         seen, totals = seen + len(y), totals.to(sums) + sums  # on the device: reading waits for it
-        if size and step % 50 == 0:
+        if size and i % 50 == 0:
             rate, bar = seen / (time.perf_counter() - start), "#" * (20 * seen // size)
             text = f"{seen / size:4.0%}  loss {totals[0] / seen:.4f}  {rate:,.0f} images/s"
             print(f"\r[{bar:20}] {text}  {(size - seen) / rate:.0f} s left ", end="", flush=True)
@@ -618,14 +654,15 @@ def fit(args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dic
     state = make_state(model, args.lr, args.schedule, args.epochs, steps, args.amp == "fp16")
     args.out.mkdir(parents=True, exist_ok=True)
     history, best = restore(args, state, config), args.out / "best_mnist_model.pth"
-    wrapped = {"model": DistributedDataParallel(model)} if world > 1 else {}
+    parts = state | ({"model": DistributedDataParallel(model)} if world > 1 else {})
+    graph = args.device == "cuda" and world == 1
     for epoch in range(len(history) + 1, args.epochs + 1):
         # The one seed of an epoch's order, augmentation and dropout, so resuming needs no other.
         torch.manual_seed(args.seed * 10_000 + epoch)
         start, loader = time.perf_counter(), batches(*data["train"], args.batch_size, augment)
         loader = ((x[rank::world], y[rank::world]) for x, y in loader)  # this process's share
         bar = sys.stdout.isatty() * size // world
-        results: dict[str, Any] = {"train": train_one_epoch(state | wrapped, loader, amp, bar)}
+        results: dict[str, Any] = {"train": train_one_epoch(parts, loader, amp, bar, graph)}
         rate = size / (time.perf_counter() - start)
         results["val"] = evaluate(model, *data["val"], amp) if args.val_size else (None, None)
         results["test"] = evaluate(model, *data["test"], amp)

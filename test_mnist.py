@@ -35,6 +35,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -390,6 +392,71 @@ def test_progress_bar_tells_share_loss_rate_and_time_left(capsys):
     mnist.train_one_epoch(new_state(), mnist.batches(IMAGES[:100], LABELS[:100], 50), size=100)
     bar = capsys.readouterr().out
     assert re.search(r"\r\[#{10} {10}\]  50%  loss \d\.\d{4}  [\d,]+ images/s  \d+ s left", bar)
+
+
+class Recorder(TorchDispatchMode):
+    """A CUDA graph's stand-in on the CPU: a replay repeats every operation on the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before, self.made, self.replays = [], {}, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        for t in tensors:  # whatever comes from outside
+            place = t.untyped_storage().data_ptr()
+            if place not in self.made:
+                self.before.setdefault(place, (t.detach(), t.detach().clone()))
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.made.setdefault(t.untyped_storage().data_ptr(), t)
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for t, value in self.before.values():  # recording computes nothing
+            t.copy_(value)
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def train_with_graph(monkeypatch, graph, amp=None):
+    recorder = Recorder()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorder)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    state = new_state(lr=0.1, schedule="onecycle", epochs=2, steps=10)
+    torch.manual_seed(0)
+    loader = mnist.batches(IMAGES[:290], LABELS[:290], 30, mnist.augment)
+    results = mnist.train_one_epoch(state, loader, amp, graph=graph)
+    return results, state["model"].state_dict(), recorder.replays
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_a_recorded_step_trains_as_one_launched_kernel_by_kernel(monkeypatch, amp):
+    results, weights, replays = train_with_graph(monkeypatch, True, amp)
+    assert replays == 6  # ten steps less the three that warm up and the last, which is smaller
+    plain, expected, _ = train_with_graph(monkeypatch, False, amp)
+    assert results == plain and same_bits(weights, expected)
+
+
+def test_a_step_that_can_not_be_recorded_is_told_and_taken_kernel_by_kernel(monkeypatch, capsys):
+    def fail(recorder, func, *_):
+        raise RuntimeError(f"{func} is not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(Recorder, "__torch_dispatch__", fail)
+    results, weights, _ = train_with_graph(monkeypatch, True)
+    told = r"notice: no CUDA graph, .*: aten\S+ is not permitted when stream is capturing\n"
+    assert re.fullmatch(told, capsys.readouterr().out)
+    plain, expected, _ = train_with_graph(monkeypatch, False)
+    assert results == plain and same_bits(weights, expected)
 
 
 # ---------------------------------------------------------------------------------- Checkpoints
