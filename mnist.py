@@ -490,8 +490,9 @@ def read_digit(path: str | Path) -> Tensor:
     grey = F.avg_pool2d(pixels / 255, 3, 1, 1, count_include_pad=False)
     edge = torch.cat([grey[0, 0], grey[0, -1], grey[0, :, 0], grey[0, :, -1]])
     grey = grey if edge.mean() > grey.mean() else 1 - grey  # dark ink on light paper
-    wide = F.pad(grey, (70, 70, 70, 70), mode="replicate")
-    paper = -F.max_pool2d(-F.max_pool2d(wide, 71, 1), 71, 1)  # without anything dark and narrow
+    paper = F.pad(grey, (70, 70, 70, 70), mode="replicate")
+    for sign, size in ((1, (71, 1)), (1, (1, 71)), (-1, (71, 1)), (-1, (1, 71))):
+        paper = sign * F.max_pool2d(sign * paper, size, 1)  # without anything dark and narrow
     ink = ((paper - grey) / paper.clamp(min=0.2))[0]  # ink takes a share of the light
     peak = ink.flatten().topk(max(1, ink.numel() // 200)).values[-1]
     if peak < 0.15:
