@@ -258,11 +258,11 @@ def make_state(
     return {"model": model, "optimizer": sgd, "scheduler": scheduler, "scaler": scaler}
 
 
-def record(work: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[..., Tensor]:
+def capture(work: Callable[..., Tensor], x: Tensor, y: Tensor) -> Callable[..., Tensor]:
     """Return work(x, y) as a CUDA graph: all its kernels in one launch (Ng et al., 2021).
 
     What is a number in Python, as a learning rate is, keeps its value of now: leave it outside.
-    Raises RuntimeError where the work can't be recorded.
+    Raises RuntimeError where the work can't be captured.
     """
     graph, inputs = torch.cuda.CUDAGraph(), (x.clone(), y.clone())
     with torch.cuda.graph(graph):  # nothing is computed yet
@@ -307,7 +307,7 @@ def train_one_epoch(
     for i, (x, y) in enumerate(loader):
         if graph and i == 3:  # after the steps that set up libraries and memory
             try:
-                step = record(gradients, x, y)
+                step = capture(gradients, x, y)
             except RuntimeError as error:
                 print(f"notice: no CUDA graph, so a slower epoch: {' '.join(str(error).split())}")
         sums = step(x, y)
@@ -661,7 +661,8 @@ def fit(args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dic
         # The one seed of an epoch's order, augmentation and dropout, so resuming needs no other.
         torch.manual_seed(args.seed * 10_000 + epoch)
         start, loader = time.perf_counter(), batches(*data["train"], args.batch_size, augment)
-        loader = ((x[rank::world], y[rank::world]) for x, y in loader)  # this process's share
+        # This process's share, which is never empty.
+        loader = ((x[rank % len(y) :: world], y[rank % len(y) :: world]) for x, y in loader)
         bar = sys.stdout.isatty() * size // world
         results: dict[str, Any] = {"train": train_one_epoch(parts, loader, amp, bar, graph)}
         rate = size / (time.perf_counter() - start)

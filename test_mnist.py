@@ -394,7 +394,7 @@ def test_progress_bar_tells_share_loss_rate_and_time_left(capsys):
     assert re.search(r"\r\[#{10} {10}\]  50%  loss \d\.\d{4}  [\d,]+ images/s  \d+ s left", bar)
 
 
-class Recorder(TorchDispatchMode):
+class Graph(TorchDispatchMode):
     """A CUDA graph's stand-in on the CPU: a replay repeats every operation on the same memory."""
 
     def __init__(self):
@@ -416,7 +416,7 @@ class Recorder(TorchDispatchMode):
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        for t, value in self.before.values():  # recording computes nothing
+        for t, value in self.before.values():  # a capture computes nothing
             t.copy_(value)
 
     @torch.no_grad()
@@ -429,29 +429,29 @@ class Recorder(TorchDispatchMode):
 
 
 def train_with_graph(monkeypatch, graph, amp=None):
-    recorder = Recorder()
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorder)
+    stand_in = Graph()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: stand_in)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
     state = new_state(lr=0.1, schedule="onecycle", epochs=2, steps=10)
     torch.manual_seed(0)
     loader = mnist.batches(IMAGES[:290], LABELS[:290], 30, mnist.augment)
     results = mnist.train_one_epoch(state, loader, amp, graph=graph)
-    return results, state["model"].state_dict(), recorder.replays
+    return results, state["model"].state_dict(), stand_in.replays
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_a_recorded_step_trains_as_one_launched_kernel_by_kernel(monkeypatch, amp):
+def test_a_captured_step_trains_as_one_launched_kernel_by_kernel(monkeypatch, amp):
     results, weights, replays = train_with_graph(monkeypatch, True, amp)
     assert replays == 6  # ten steps less the three that warm up and the last, which is smaller
     plain, expected, _ = train_with_graph(monkeypatch, False, amp)
     assert results == plain and same_bits(weights, expected)
 
 
-def test_a_step_that_can_not_be_recorded_is_told_and_taken_kernel_by_kernel(monkeypatch, capsys):
-    def fail(recorder, func, *_):
+def test_a_step_that_can_not_be_captured_is_told_and_taken_kernel_by_kernel(monkeypatch, capsys):
+    def fail(stand_in, func, *_):
         raise RuntimeError(f"{func} is not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(Recorder, "__torch_dispatch__", fail)
+    monkeypatch.setattr(Graph, "__torch_dispatch__", fail)
     results, weights, _ = train_with_graph(monkeypatch, True)
     told = r"notice: no CUDA graph, .*: aten\S+ is not permitted when stream is capturing\n"
     assert re.fullmatch(told, capsys.readouterr().out)
@@ -1174,8 +1174,8 @@ def test_a_full_disk_is_told_in_a_line_and_harms_nothing(fork_script, data_dir, 
 
 
 def test_two_processes_train_as_one_does_and_resume_its_run(fork_script, data_dir, tmp_path):
-    flags = ["--data-dir", str(data_dir), "--device", "cpu", "--val-size", "100", "--model", "wide"]
-    flags += ["--batch-size", "70", "--schedule", "constant", "--lr", "0.01", "--resume"]
+    flags = ["--data-dir", str(data_dir), "--device", "cpu", "--val-size", "99", "--model", "wide"]
+    flags += ["--batch-size", "60", "--schedule", "constant", "--lr", "0.01", "--resume"]
     fork_script(f"""
         flags, one, two = {flags}, {str(tmp_path / "one")!r}, {str(tmp_path / "two")!r}
         assert os.waitpid(start([*flags, "--out", one, "--epochs", "2"]), 0)[1] == 0
