@@ -265,6 +265,12 @@ def capture(work: Callable[..., Tensor], x: Tensor, y: Tensor) -> Callable[..., 
     Raises RuntimeError where the work can't be captured.
     """
     graph, inputs = torch.cuda.CUDAGraph(), (x.clone(), y.clone())
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):  # libraries and memory are set up, off the default stream
+        for _ in range(3):
+            work(*inputs)
+    here.wait_stream(aside)
     with torch.cuda.graph(graph):  # nothing is computed yet
         result = work(*inputs)
 
@@ -305,7 +311,7 @@ def train_one_epoch(
     step: Callable[..., Tensor] = gradients
     start, seen, totals = time.perf_counter(), 0, torch.zeros(2)
     for i, (x, y) in enumerate(loader):
-        if graph and i == 3:  # after the steps that set up libraries and memory
+        if graph and i == 0:
             try:
                 step = capture(gradients, x, y)
             except RuntimeError as error:
