@@ -469,7 +469,7 @@ def make_report(metrics: dict[str, Any], mistakes: list[tuple[Tensor, int, int, 
         cells = "".join(f"{v or '.':>5}" for v in row)
         lines.append(f"{i:5}{cells} {row[i] / max(1, sum(row)):6.1%}")
     precision = (table[i][i] / max(1, sum(row[i] for row in table)) for i in range(10))
-    lines.append("prec." + "".join(f"{p * 100:5.1f}" for p in precision) + "  %")
+    lines.append("prec." + "".join(f"{p * 100:5.3g}" for p in precision) + "  %")
     for trio in (mistakes[:3], mistakes[3:6]):
         lines += ["", "  ".join(f"{f'{a} -> {b} {c:.1%}':24}" for _, a, b, c in trio)]
         lines += ["  ".join(cut) for cut in zip(*(draw_image(m[0]) for m in trio), strict=True)]
