@@ -265,13 +265,12 @@ def capture(work: Callable[..., Tensor], x: Tensor, y: Tensor) -> Callable[..., 
     Raises RuntimeError where the work can't be captured.
     """
     graph, inputs = torch.cuda.CUDAGraph(), (x.clone(), y.clone())
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(here)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):  # libraries and memory are set up, off the default stream
         for _ in range(3):
             work(*inputs)
-    here.wait_stream(aside)
-    with torch.cuda.graph(graph):  # nothing is computed yet
+    with torch.cuda.graph(graph):  # waits for all that; from here on nothing is computed
         result = work(*inputs)
 
     def replay(x: Tensor, y: Tensor) -> Tensor:
