@@ -327,18 +327,6 @@ def train_one_epoch(
     return (totals / seen).tolist()
 
 
-@torch.no_grad()
-def refresh_norms(model: nn.Module, images: Tensor, size: int) -> None:
-    """Take batch norm's statistics from images as they are (Wu and Johnson, 2021).
-
-    Augmented ones, which training leaves there, are blurred by resampling. ``images`` are uint8;
-    50 batches of ``size`` are enough, as each counts nine tenths of the next.
-    """
-    model.train()
-    for x, _ in batches(images[: 50 * size], images, size):
-        model(x)
-
-
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, images: Tensor, labels: Tensor, amp: torch.dtype | None = None
@@ -683,7 +671,6 @@ def fit(args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> dic
         bar = sys.stdout.isatty() * size // world
         results: dict[str, Any] = {"train": train_one_epoch(parts, loader, amp, bar, graph)}
         rate = size / (time.perf_counter() - start)
-        refresh_norms(model, data["train"][0], args.batch_size)
         results["val"] = evaluate(model, *data["val"], amp) if args.val_size else (None, None)
         results["test"] = evaluate(model, *data["test"], amp)
         entry = {"epoch": epoch, "lr": state["scheduler"].get_last_lr()[0]}
