@@ -816,7 +816,7 @@ def test_runs_have_seeds_of_their_own_and_a_mean(train, tmp_path):
 
 
 def test_evaluate_reports_a_checkpoint_again(train, tmp_path, capsys):
-    train("--model", "wide", "--schedule", "step", "--lr", 0.01)
+    train("--model", "wide", "--schedule", "step", "--lr", 0.01, "--val-size", 300)
     headline = (tmp_path / "out/report.txt").read_text().splitlines()[0]
     capsys.readouterr()
     before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
@@ -1082,7 +1082,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_an_unbroken_one(
     fork_script, data_dir, tmp_path
 ):
     flags = ["--data-dir", str(data_dir), "--device", "cpu", "--val-size", "300"]
-    flags += ["--epochs", "5", "--batch-size", "50", "--out"]
+    flags += ["--epochs", "3", "--batch-size", "50", "--out"]
     fork_script(f"""
         import random, shutil
         flags, folder, kills, rng = {flags}, {str(tmp_path)!r}, {KILLS}, random.Random(7)
@@ -1106,7 +1106,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_an_unbroken_one(
                 assert not finished or os.WEXITSTATUS(status) == 0
         assert done >= kills
     """)
-    for name in ("mnist_model_epoch_5.pth", "best_mnist_model.pth"):
+    for name in ("mnist_model_epoch_3.pth", "best_mnist_model.pth"):
         a, b = (torch.load(tmp_path / o / name, weights_only=True) for o in ("whole", "killed"))
         assert same_bits(a["model_state_dict"], b["model_state_dict"])
         assert a["epoch"] == b["epoch"] and a["config"] == b["config"]
@@ -1177,8 +1177,8 @@ def test_a_full_disk_is_told_in_a_line_and_harms_nothing(fork_script, data_dir, 
 
 
 def test_two_processes_train_as_one_does_and_resume_its_run(fork_script, data_dir, tmp_path):
-    flags = ["--data-dir", str(data_dir), "--device", "cpu", "--val-size", "99", "--model", "wide"]
-    flags += ["--batch-size", "60", "--schedule", "constant", "--lr", "0.01", "--resume"]
+    flags = ["--data-dir", str(data_dir), "--device", "cpu", "--val-size", "339", "--model", "wide"]
+    flags += ["--batch-size", "20", "--schedule", "constant", "--lr", "0.01", "--resume"]
     fork_script(f"""
         flags, one, two = {flags}, {str(tmp_path / "one")!r}, {str(tmp_path / "two")!r}
         assert os.waitpid(start([*flags, "--out", one, "--epochs", "2"]), 0)[1] == 0
