@@ -261,8 +261,8 @@ def make_state(
 def capture(work: Callable[..., Tensor], x: Tensor, y: Tensor) -> Callable[..., Tensor]:
     """Return work(x, y) as a CUDA graph: all its kernels in one launch (Ng et al., 2021).
 
-    What is a number in Python, as a learning rate is, keeps its value of now: leave it outside.
-    Raises RuntimeError where the work can't be captured.
+    The work is done three times before, to warm up. What is a number in Python, as a learning rate
+    is, keeps its value of now: leave it outside. Raises RuntimeError where it can't be captured.
     """
     graph, inputs = torch.cuda.CUDAGraph(), (x.clone(), y.clone())
     aside = torch.cuda.Stream()
@@ -456,7 +456,8 @@ def make_report(metrics: dict[str, Any], mistakes: list[tuple[Tensor, int, int, 
         cells = "".join(f"{v or '.':>5}" for v in row)
         lines.append(f"{i:5}{cells} {row[i] / max(1, sum(row)):6.1%}")
     precision = (table[i][i] / max(1, sum(row[i] for row in table)) for i in range(10))
-    lines.append("prec." + "".join(f"{p * 100:5.3g}" for p in precision) + "  %")
+    cells = "".join(f"{f'{p * 100:.1f}'.replace('100.0', '100'):>5}" for p in precision)
+    lines.append(f"prec.{cells}  %")
     for trio in (mistakes[:3], mistakes[3:6]):
         lines += ["", "  ".join(f"{f'{a} -> {b} {c:.1%}':24}" for _, a, b, c in trio)]
         lines += ["  ".join(cut) for cut in zip(*(draw_image(m[0]) for m in trio), strict=True)]
