@@ -2,16 +2,13 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21"]
 # ///
-"""MNIST in one file of plain PyTorch: train a small network, test it honestly, report.
+"""MNIST in one file: model, data, training, checkpoints, report, command line, in this order.
 
-    python mnist.py --epochs 15 --device cuda    train, test and report
-    python mnist.py --resume                     go on after an interruption
-
-Model, Data, Training, Checkpoints, Report, Command line: each uses only what stands above it.
+python mnist.py --epochs 15 --device cuda    train, test and report
+python mnist.py --resume                     go on after an interruption
 """
 
 import argparse
-import copy
 import io
 import json
 import math
@@ -42,7 +39,6 @@ class Network(nn.Sequential):
         """Return the number of trainable parameters."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
-    @torch.no_grad()
     def print_model_summary(self) -> None:
         """Print each layer with its output shape and its number of parameters, and the total."""
         x, training = torch.zeros(1, 1, 28, 28).to(next(self.parameters())), self.training
@@ -106,15 +102,13 @@ MODELS = {"simple": SimpleMNISTNet, "wide": WideMNISTNet}
 
 # ----------------------------------------------------------------------------------------- Data
 
-DATASET = datasets.MNIST
-CRC32 = 0x3528FDDB  # of its images and labels, training and test, one after the other
+DATASET, CRC32 = datasets.MNIST, 0x3528FDDB  # the checksum of its images and labels, in a row
 
 
 def load_mnist(data_dir: str | Path = "data") -> list[tuple[Tensor, Tensor]]:
-    """Return the training and the test (images, labels) from DIR/MNIST/raw, downloaded if need be.
+    """Return the training and test images, uint8 (N, 1, 28, 28), and labels of DIR/MNIST/raw.
 
-    Images are uint8 (60000 or 10000, 1, 28, 28), labels int64 in 0..9. Raises ConnectionError
-    where there are no files and none to be had, another OSError where they are damaged.
+    Raises ConnectionError where they are neither there nor to be had, OSError where damaged.
     """
     root, raw = Path(data_dir), Path(data_dir, DATASET.__name__, "raw")
     found = root.is_file() or any(f for d in (root, root / "raw", raw) for f in d.glob("*ubyte*"))
@@ -137,62 +131,49 @@ def draw_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return n bent digits of a 3x5 font, uint8 (n, 1, 28, 28), and labels, to try the program."""
     font = "75557262277174771717557117471774757712227575775717"  # an octal digit is a row
     bits = torch.tensor([[int(row) >> shift & 1 for shift in (2, 1, 0)] for row in font])
-    glyphs = F.interpolate(bits.view(10, 1, 5, 3).float(), (20, 12), mode="bilinear")
+    glyphs = F.pad(F.interpolate(bits.view(10, 1, 5, 3).float(), (20, 12)), (8, 8, 4, 4))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         labels = torch.randint(10, (n,))
-        padded = F.pad(glyphs, (8, 8, 4, 4))
-        images = [augment(padded[part], strength=2) for part in labels.split(1000)]
+        images = [augment(glyphs[part], strength=2) for part in labels.split(1000)]
     return (torch.cat(images) * 255).byte(), labels
 
 
 def deskew(images: Tensor) -> Tensor:
-    """Centre, deslant and scale digits, uint8 (N, 1, 28, 28) on the CPU, by moments (Casey, 1970).
-
-    An affine map brings the covariance of the ink to that of a common digit.
-    """
-    axis = (torch.arange(28) - 13.5) / 14  # the image spans -1 to 1
-    points = torch.cartesian_prod(axis, axis)  # y, x
+    """Centre, deslant and scale digits by moments (Casey, 1970), uint8 (N, 1, 28, 28), on CPU."""
+    points = (torch.cartesian_prod(torch.arange(28), torch.arange(28)) - 13.5) / 14  # y, x
     ink = images.flatten(1) / images.flatten(1).sum(1, keepdim=True).clamp(min=1)
     mean = ink @ points
-    offset = points - mean[:, None]
-    # The ridge spares what is narrow by nature, a 1, and what is blank.
-    covariance = (offset * ink[..., None]).mT @ offset + 0.02 * torch.eye(2)
-    root = torch.linalg.cholesky(covariance) / torch.tensor([0.41, 0.31])
+    outer = mean[:, :, None] * mean[:, None]
+    covariance = torch.einsum("nk,ki,kj->nij", ink, points, points) - outer
+    # A ridge of 0.02 spares what is narrow by nature, a 1; the divisors are a common digit's roots.
+    root = torch.linalg.cholesky(covariance + 0.02 * torch.eye(2)) / torch.tensor([0.41, 0.31])
     theta = torch.cat([root.flip(1, 2), mean.flip(1)[..., None]], 2)  # x, y
     grid = F.affine_grid(theta, images.shape, align_corners=False)
     return F.grid_sample(images.float(), grid, align_corners=False).round().byte()
 
 
 def augment(images: Tensor, strength: float = 1.0) -> Tensor:
-    """Warp each image, float (N, 1, 28, 28) on 0, by a random map of its own, in one resampling.
-
-    Rotation, scale, shear, shift and an elastic field (Simard et al., 2003), times ``strength``.
-    """
+    """Warp each image, float (N, 1, 28, 28) on 0, by an affine and elastic map of its own."""
     limits = torch.tensor([math.radians(10), 0.1, 0.1, 2 / 14, 2 / 14])  # 2 units span the image
     noise = strength * (2 * torch.rand(5, len(images), device=images.device) - 1)
     angle, scale, shear, shift_x, shift_y = noise * limits.to(noise)[:, None]
     cos, sin = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()
     rows = [cos, shear * cos - sin, shift_x, sin, shear * sin + cos, shift_y]
     grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), images.shape, align_corners=False)
-    field = torch.randn(len(images), 2, 5, 5, device=images.device) * (strength * 0.4 / 14)
+    field = strength * 0.4 / 14 * torch.randn(len(images), 2, 5, 5, device=images.device)
     field = F.interpolate(field, images.shape[2:], mode="bicubic", align_corners=True)
     return F.grid_sample(images, grid + field.permute(0, 2, 3, 1), align_corners=False)
 
 
-def batches(
-    images: Tensor, labels: Tensor, size: int, transform: Callable | None = None
-) -> Iterator:
-    """Yield uint8 images normalised, float (size, 1, 28, 28), and labels, int64 (size,).
-
-    A ``transform`` of images in 0..1 is for training: then the order is random, each batch full.
-    """
-    n = len(images)
+def batches(data: tuple[Tensor, Tensor], size: int, transform: Callable | None = None) -> Iterator:
+    """Yield normalised images, float (size, 1, 28, 28), and labels; to train, give a transform."""
+    n = len(data[1])  # in training, the order is random and the last, smaller batch is left out
     order = torch.randperm(n)[: n // size * size] if transform else torch.arange(n)
-    for index in order.to(images.device).split(size):
-        x = images[index].float() / 255
+    for index in order.to(data[1].device).split(size):
+        x = data[0][index].float() / 255
         x = transform(x) if transform else x
-        yield (x - 0.1307) / 0.3081, labels[index]  # mean and deviation of MNIST's pixels
+        yield (x - 0.1307) / 0.3081, data[1][index]  # mean and deviation of MNIST's pixels
 
 
 # ------------------------------------------------------------------------------------- Training
@@ -202,20 +183,18 @@ def make_state(model: nn.Module, lr: float, schedule: str, epochs: int, steps: i
     """Return model, optimizer, scheduler and scaler by name; an epoch has ``steps`` steps."""
     sgd = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=5e-5, nesterov=True, fused=True)
     scheduler: LRScheduler = StepLR(sgd, steps, 0.7 if schedule == "step" else 1.0)
-    if (
-        schedule == "onecycle"
-    ):  # warm up for a fifth of the run, then anneal (Smith and Topin, 2018)
-        total = max(10, epochs * steps + 1)  # fewer make no cycle
+    if schedule == "onecycle":  # of ten steps at least (Smith and Topin, 2018)
+        total = max(10, epochs * steps + 1)
         scheduler = OneCycleLR(sgd, lr, total, pct_start=0.2, cycle_momentum=False)
     scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=False)
     return {"model": model, "optimizer": sgd, "scheduler": scheduler, "scaler": scaler}
 
 
-def train_one_epoch(state: dict, loader: Iterable, amp: torch.dtype | None = None) -> tuple:
-    """Train make_state's state on every (x, y); return mean loss and accuracy on the way."""
+def train_one_epoch(state: dict, loader: Iterable, amp: torch.dtype | None, bar: int = 0) -> tuple:
+    """Train on every (x, y); return mean loss and accuracy. ``bar`` draws progress to so many."""
     model, optimizer = state["model"].train(), state["optimizer"]
     loss_sum = correct = seen = 0  # the first two become tensors on the device: no step waits
-    for x, y in loader:
+    for step, (x, y) in enumerate(loader, 1):
         with torch.autocast(x.device.type, amp, enabled=amp is not None, cache_enabled=False):
             logits = model(x)
             loss = F.cross_entropy(logits, y)
@@ -227,17 +206,19 @@ def train_one_epoch(state: dict, loader: Iterable, amp: torch.dtype | None = Non
         loss_sum += loss.detach() * len(y)
         correct += (logits.argmax(1) == y).sum()
         seen += len(y)
+        if bar and step % 20 == 0:
+            print(f"[{'#' * (20 * step // bar):20}] {step}/{bar}", end="\r", flush=True)
     return float(loss_sum) / seen, float(correct) / seen
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, amp: torch.dtype | None) -> tuple:
-    """Return the mean loss, the accuracy and the logits, float32 (N, 10), of uint8 images."""
+def evaluate(model: nn.Module, data: tuple, amp: torch.dtype | None = None) -> tuple:
+    """Return mean loss, accuracy and logits, float32 (N, 10), of (uint8 images, labels)."""
     model.eval()
-    with torch.autocast(images.device.type, amp, enabled=amp is not None):
-        logits = torch.cat([model(x) for x, _ in batches(images, labels, 500)]).float()
-    accuracy = (logits.argmax(1) == labels).float().mean().item()
-    return F.cross_entropy(logits, labels).item(), accuracy, logits
+    with torch.autocast(data[0].device.type, amp, enabled=amp is not None):
+        logits = torch.cat([model(x) for x, _ in batches(data, 500)]).float()
+    accuracy = (logits.argmax(1) == data[1]).float().mean().item()
+    return F.cross_entropy(logits, data[1]).item(), accuracy, logits
 
 
 # ---------------------------------------------------------------------------------- Checkpoints
@@ -264,14 +245,9 @@ def save_checkpoint(path: Path, state: dict, **facts: object) -> None:
 
 
 def load_checkpoint(path: Path, state: dict | None = None) -> dict:
-    """Read a checkpoint, running no code of it, and into ``state`` what belongs there.
-
-    Raises FileNotFoundError, or ValueError if it is damaged or does not fit the state.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: `python mnist.py` makes one, in about six minutes")
+    """Read a checkpoint, and into ``state`` what belongs there; ValueError if it can't be used."""
     try:
-        if damaged := zipfile.ZipFile(path).testzip():  # by CRC-32, which torch passes over
+        if damaged := zipfile.ZipFile(path).testzip():  # by its CRC-32 sums
             raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if len(checkpoint["history"]) != checkpoint["epoch"] or not checkpoint["config"].keys():
@@ -280,9 +256,8 @@ def load_checkpoint(path: Path, state: dict | None = None) -> dict:
             part.load_state_dict(checkpoint[f"{name}_state_dict"])
         return checkpoint
     except Exception as error:  # a damaged file can fail in any way
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        text = f"{path} is not usable, delete it to --resume from the one before: {reason}"
-        raise ValueError(text) from error
+        cure = "without it, --resume goes on from the one before; python mnist.py trains anew"
+        raise ValueError(f"no usable checkpoint {path} ({error!s:.120}): {cure}") from error
 
 
 # --------------------------------------------------------------------------------------- Report
@@ -307,11 +282,10 @@ def draw_image(image: Tensor) -> list[str]:
 
 def make_report(metrics: dict, mistakes: list[tuple[Tensor, int, int]]) -> str:
     """Return the report on what metrics.json holds and mistakes of (image, label, answer)."""
-    n, hits = sum(map(sum, metrics["confusion"])), metrics["test_accuracy"]
+    p, n = metrics["test_accuracy"], sum(map(sum, metrics["confusion"]))
     lines = [
-        f"{metrics['data']} test accuracy {hits:.2%}, {n * (1 - hits):.0f} errors in {n:,} images",
-        f"95% interval +-{1.96 * math.sqrt(hits * (1 - hits) / n):.2%}; epoch "
-        f"{metrics['best_epoch']}, the best by validation; {metrics['parameters']:,} parameters",
+        f"{metrics['data']} test accuracy {p:.2%} +- {1.96 * math.sqrt(p * (1 - p) / n):.2%}",
+        f"(95% interval; {metrics['parameters']:,} parameters; epoch {metrics['best_epoch']})",
         f"\n{HEADER}",
         *map(make_row, metrics["history"]),
         f"\ntrue  answered{'':38}recall\n     " + "".join(f"{digit:5}" for digit in range(10)),
@@ -366,20 +340,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--evaluate", type=Path, metavar="CKPT", help="test a checkpoint instead of training")
     add("--dry-run", action="store_true", help="one batch of everything; nothing is kept")
     args = parser.parse_args(argv)
-    if args.lr is None:
-        args.lr = 0.05 if args.model == "wide" else 0.4
+    args.lr = {"wide": 0.05}.get(args.model, 0.4) if args.lr is None else args.lr
     for flag, low in {"val_size": 1, "epochs": 1, "batch_size": 1, "seed": 0, "lr": 1e-9}.items():
         if not low <= getattr(args, flag) <= 10**9:
             parser.error(f"--{flag.replace('_', '-')} must be a number from {low} to {10**9}")
-    best = (
-        torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    )
-    if args.device == "auto":
-        args.device = best
-    if args.device not in ("cpu", best):
+    found = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
+    args.device = (found or "cpu") if args.device == "auto" else args.device
+    if args.device not in ("cpu", found):
         parser.error(f"there is no --device {args.device} here")
-    if args.amp == "auto":
-        args.amp = "bf16" if args.device == "cuda" else "off"
+    args.amp = {"cuda": "bf16"}.get(args.device, "off") if args.amp == "auto" else args.amp
     if args.dry_run:
         args.epochs, args.val_size = 1, args.batch_size
     return args
@@ -390,15 +359,11 @@ def get_data(args: argparse.Namespace) -> tuple[str, dict]:
     try:
         if args.data == "synthetic":
             raise ConnectionError("--data synthetic asks for them")
-        train, test = load_mnist(args.data_dir)
-        name = DATASET.__name__.lower()
+        name, (train, test) = DATASET.__name__.lower(), load_mnist(args.data_dir)
     except ConnectionError as error:
         if args.data == "mnist":
             raise
-        print(
-            "!" * 79, "SYNTHETIC: printed digits, so no figure here is one of MNIST, as", sep="\n"
-        )
-        print(error, "!" * 79, sep="\n")
+        print("!" * 79, "SYNTHETIC: printed digits, not MNIST, as", error, "!" * 79, sep="\n")
         name, train, test = "synthetic", draw_digits(60_000, seed=0), draw_digits(10_000, seed=1)
     if args.dry_run:
         train, test = ([t[: 2 * args.batch_size] for t in pair] for pair in (train, test))
@@ -407,7 +372,7 @@ def get_data(args: argparse.Namespace) -> tuple[str, dict]:
         raise ValueError(f"--val-size leaves {size} images, no batch: lower it or --batch-size")
     data = {"train": [t[:size] for t in train], "val": [t[size:] for t in train], "test": test}
     for split, (images, labels) in data.items():
-        images = torch.cat([deskew(part) for part in images.split(5000)])
+        images = torch.cat([deskew(part) for part in images.split(1000)])
         data[split] = images.to(args.device), labels.to(args.device)
     return name, data
 
@@ -416,36 +381,36 @@ def run(args: argparse.Namespace, name: str, data: dict, out: Path) -> None:
     """Train a network, or go on with it, and report; write all files under ``out``."""
     config = {flag: getattr(args, flag) for flag in CONFIG} | {"data": name}
     steps, amp = len(data["train"][1]) // args.batch_size, AMP[args.amp]
-    torch.manual_seed(args.seed * 10_000)
     model = MODELS[args.model]().to(args.device, memory_format=torch.channels_last)
     model.print_model_summary()
     if args.device == "cuda":  # forward and backward pass become one launch each (Ng et al., 2021)
-        weights, sample = copy.deepcopy(model.state_dict()), torch.zeros(args.batch_size, 1, 28, 28)
+        sample = torch.zeros(args.batch_size, 1, 28, 28, device="cuda")
         with torch.autocast("cuda", amp, enabled=amp is not None, cache_enabled=False):
-            model = torch.cuda.make_graphed_callables(model.train(), (sample.cuda(),))
-        model.load_state_dict(weights)  # the warm-up has moved batch norm's statistics
+            model = torch.cuda.make_graphed_callables(model, (sample,))
+    torch.manual_seed(args.seed * 10_000)
+    model.load_state_dict(MODELS[args.model]().state_dict())  # as the capture has moved batch norm
     state = make_state(model, args.lr, args.schedule, args.epochs, steps)
     state["scaler"] = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
-
     out.mkdir(parents=True, exist_ok=args.resume)  # the folder of a new run is its own
     paths = sorted(out.glob("mnist_model_epoch_*.pth"), key=lambda p: int(p.stem.split("_")[-1]))
-    history = load_checkpoint(paths[-1])["history"] if paths else []
+    history = []
     if paths:
         before = load_checkpoint(paths[-1])["config"]
         for flag in CONFIG:
             if before.get(flag) != config[flag]:
                 clash = f"--{flag.replace('_', '-')} is {config[flag]}, was {before.get(flag)}"
                 raise ValueError(f"{clash} in {paths[-1]}: change it, or choose another --out")
-        load_checkpoint(paths[-1], state)
+        history = load_checkpoint(paths[-1], state)["history"]
 
     print(HEADER)
+    bar = steps if sys.stdout and sys.stdout.isatty() else 0
     for epoch in range(len(history) + 1, args.epochs + 1):
         # The one seed of an epoch's order and augmentation, so resuming needs no other.
         torch.manual_seed(args.seed * 10_000 + epoch)
         start, lr = time.perf_counter(), state["scheduler"].get_last_lr()[0]
-        loader = show_progress(batches(*data["train"], args.batch_size, augment), steps)
-        results = [train_one_epoch(state, loader, amp)]
-        results += [evaluate(model, *data[split], amp) for split in ("val", "test")]
+        loader = batches(data["train"], args.batch_size, augment)
+        results = [train_one_epoch(state, loader, amp, bar)]
+        results += [evaluate(model, data[split], amp) for split in ("val", "test")]
         entry = {"epoch": epoch, "lr": lr, "seconds": time.perf_counter() - start}
         for split, (loss, accuracy, *_) in zip(SPLITS, results, strict=True):
             entry |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
@@ -459,7 +424,7 @@ def run(args: argparse.Namespace, name: str, data: dict, out: Path) -> None:
         # Last, as a kill between the two then repeats the epoch.
         save_checkpoint(out / f"mnist_model_epoch_{epoch}.pth", state, **facts)
 
-    metrics, mistakes = assess(out / "best_mnist_model.pth", args.device, name, *data["test"])
+    metrics, mistakes = assess(out / "best_mnist_model.pth", args.device, name, data["test"])
     metrics["history"] = history  # as the best epoch's knows no later ones
     report = make_report(metrics, mistakes)
     write_file(out / "metrics.json", json.dumps(metrics, indent=1).encode())
@@ -471,30 +436,21 @@ def run(args: argparse.Namespace, name: str, data: dict, out: Path) -> None:
         print("for training_metrics.png: pip install matplotlib, then --resume")
 
 
-def show_progress(loader: Iterable, steps: int) -> Iterator:
-    """Yield what the loader does; on a terminal, draw a bar."""
-    for step, batch in enumerate(loader, 1):
-        yield batch
-        if step % 20 == 0 and sys.stdout and sys.stdout.isatty():
-            print(f"[{'#' * (20 * step // steps):20}] {step}/{steps}", end="\r", flush=True)
-
-
-def assess(path: Path, device: str, name: str, images: Tensor, labels: Tensor) -> tuple[dict, list]:
+def assess(path: Path, device: str, name: str, data: tuple[Tensor, Tensor]) -> tuple[dict, list]:
     """Test a checkpoint; return what metrics.json holds and six mistakes."""
     checkpoint = load_checkpoint(path)
-    config = checkpoint["config"]
-    if set(CONFIG) - config.keys() or config["model"] not in MODELS:
+    config, (images, labels) = checkpoint["config"], data
+    if set(CONFIG) - config.keys() or str(config["model"]) not in MODELS:
         raise ValueError(f"{path} holds no network of this program: its config is {config}")
     model = MODELS[config["model"]]().to(device, memory_format=torch.channels_last)
     load_checkpoint(path, {"model": model})
-    _, accuracy, logits = evaluate(model, images, labels, AMP.get(config["amp"]))
-    answers = logits.argmax(1)
-    confusion = (labels * 10 + answers).bincount(minlength=100).view(10, 10)
+    answers = evaluate(model, data, AMP.get(str(config["amp"])))[2].argmax(1)
+    confusion = (labels * 10 + answers).bincount(minlength=100).view(10, 10).tolist()
     metrics = {"parameters": model.count_parameters(), "config": config, "data": name}
     metrics |= {"history": checkpoint["history"], "best_epoch": checkpoint["epoch"]}
-    metrics |= {"test_accuracy": accuracy, "confusion": confusion.tolist()}
-    wrong = (answers != labels).nonzero()[:6, 0].tolist()
-    return metrics, [(images[i].cpu(), labels[i].item(), answers[i].item()) for i in wrong]
+    wrong = (answers != labels).nonzero()[:, 0].tolist()
+    metrics |= {"test_accuracy": 1 - len(wrong) / len(labels), "confusion": confusion}
+    return metrics, [(images[i].cpu(), int(labels[i]), int(answers[i])) for i in wrong[:6]]
 
 
 def main(argv: list[str] | None = None) -> str | int | None:
@@ -504,7 +460,7 @@ def main(argv: list[str] | None = None) -> str | int | None:
         args = parse_args(argv)
         name, data = get_data(args)
         if args.evaluate:
-            print(make_report(*assess(args.evaluate, args.device, name, *data["test"])))
+            print(make_report(*assess(args.evaluate, args.device, name, data["test"])))
             return None
         with tempfile.TemporaryDirectory() as folder:
             return run(args, name, data, Path(folder, "run") if args.dry_run else args.out)
