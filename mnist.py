@@ -256,22 +256,22 @@ def load_checkpoint(path: Path, state: dict | None = None) -> dict:
             part.load_state_dict(checkpoint[f"{name}_state_dict"])
         return checkpoint
     except Exception as error:  # a damaged file can fail in any way
-        cure = "without it, --resume goes on from the one before; python mnist.py trains anew"
+        cure = "delete it to --resume before it, or let python mnist.py make one in six minutes"
         raise ValueError(f"no usable checkpoint {path} ({error!s:.120}): {cure}") from error
 
 
 # --------------------------------------------------------------------------------------- Report
 
 SPLITS = ("train", "val", "test")
-HEADER = "epoch   rate  training loss     validation           test seconds  val. error"
+HEADER = "epoch   rate           train      validation            test seconds  val error"
 
 
 def make_row(entry: dict) -> str:
     """Return an epoch's line under HEADER; a # stands for 0.2% of validation error."""
     row = f"{entry['epoch']:5} {entry['lr']:.4f}"
     for split in SPLITS:
-        row += f" {entry[f'{split}_loss']:.4f} {entry[f'{split}_accuracy']:7.2%}"
-    return f"{row} {entry['seconds']:7.1f}  {'#' * round(500 - 500 * entry['val_accuracy']):.12}"
+        row += f" {entry[f'{split}_loss']:7.4f} {entry[f'{split}_accuracy']:7.2%}"
+    return f"{row} {entry['seconds']:7.1f}  {'#' * round(500 - 500 * entry['val_accuracy']):.9}"
 
 
 def draw_image(image: Tensor) -> list[str]:
@@ -347,7 +347,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     found = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
     args.device = (found or "cpu") if args.device == "auto" else args.device
     if args.device not in ("cpu", found):
-        parser.error(f"there is no --device {args.device} here")
+        raise ValueError(f"there is no {args.device} device here: leave out --device")
     args.amp = {"cuda": "bf16"}.get(args.device, "off") if args.amp == "auto" else args.amp
     if args.dry_run:
         args.epochs, args.val_size = 1, args.batch_size
@@ -384,8 +384,8 @@ def run(args: argparse.Namespace, name: str, data: dict, out: Path) -> None:
     model = MODELS[args.model]().to(args.device, memory_format=torch.channels_last)
     model.print_model_summary()
     if args.device == "cuda":  # forward and backward pass become one launch each (Ng et al., 2021)
-        sample = torch.zeros(args.batch_size, 1, 28, 28, device="cuda")
-        with torch.autocast("cuda", amp, enabled=amp is not None, cache_enabled=False):
+        sample = torch.zeros(args.batch_size, 1, 28, 28, device=args.device)
+        with torch.autocast(args.device, amp, enabled=amp is not None, cache_enabled=False):
             model = torch.cuda.make_graphed_callables(model, (sample,))
     torch.manual_seed(args.seed * 10_000)
     model.load_state_dict(MODELS[args.model]().state_dict())  # as the capture has moved batch norm
@@ -429,7 +429,7 @@ def run(args: argparse.Namespace, name: str, data: dict, out: Path) -> None:
     report = make_report(metrics, mistakes)
     write_file(out / "metrics.json", json.dumps(metrics, indent=1).encode())
     write_file(out / "report.txt", f"{report}\n".encode())
-    print(f"\n{report}")
+    print(f"\n{report}", flush=True)
     try:
         write_file(out / "training_metrics.png", draw_plot(history))
     except ImportError:
@@ -460,7 +460,7 @@ def main(argv: list[str] | None = None) -> str | int | None:
         args = parse_args(argv)
         name, data = get_data(args)
         if args.evaluate:
-            print(make_report(*assess(args.evaluate, args.device, name, data["test"])))
+            print(make_report(*assess(args.evaluate, args.device, name, data["test"])), flush=True)
             return None
         with tempfile.TemporaryDirectory() as folder:
             return run(args, name, data, Path(folder, "run") if args.dry_run else args.out)
