@@ -290,8 +290,7 @@ class TestCheckpoints:
         assert mnist.load_checkpoint(path, other)["epoch"] == 1
         assert same_bits(state["model"].state_dict(), other["model"].state_dict())
         assert state["scheduler"].get_last_lr() == other["scheduler"].get_last_lr()
-        slots = [s["optimizer"].state_dict()["state"][0] for s in (state, other)]
-        assert same_bits(*slots)
+        assert same_bits(*(s["optimizer"].state_dict()["state"][0] for s in (state, other)))
 
     def test_a_failed_write_leaves_the_old_file_and_nothing_else(self, tmp_path, monkeypatch):
         mnist.write_file(tmp_path / "file", b"old")
@@ -319,11 +318,10 @@ class TestCheckpoints:
     def test_foreign_checkpoints_are_refused_and_not_run(self, saved, tmp_path):
         good, touched = torch.load(saved[1], weights_only=True), tmp_path / "touched"
         evil = type("Evil", (), {"__reduce__": lambda _: (Path.touch, (touched,))})()
-        foreign = [[], None, "text", evil, good | {"epoch": evil}, good | {"epoch": 7}]
-        foreign += [good | {"config": config} for config in (None, [], {"model": evil})]
-        foreign += [good | {"model_state_dict": {}}] + [
-            {k: v for k, v in good.items() if k != key} for key in good
-        ]
+        foreign = [[], None, "text", evil]
+        foreign += [{k: v for k, v in good.items() if k != key} for key in good]
+        changes = [{"epoch": evil}, {"epoch": 7}, {"config": []}, {"model_state_dict": {}}]
+        foreign += [good | change for change in changes]
         for content in foreign:
             torch.save(content, saved[1])
             with pytest.raises(ValueError, match="no usable checkpoint"):
@@ -411,11 +409,10 @@ class TestCommandLine:
         assert [sum(row) for row in metrics["confusion"]] == LABELS[400:].bincount().tolist()
         best = min(metrics["history"], key=lambda e: e["val_loss"])
         assert metrics["test_accuracy"] == pytest.approx(best["test_accuracy"])
-        assert Path("out/report.txt").read_text() in printed
-        keys = "model_state_dict optimizer_state_dict scheduler_state_dict scaler_state_dict"
-        keys += " epoch train_accuracy val_accuracy test_accuracy history config"
+        assert (out / "report.txt").read_text() in printed and not re.search(".{80}", printed)
+        keys = {f"{part}_state_dict" for part in ("model", "optimizer", "scheduler", "scaler")}
         checkpoint = torch.load(out / "best_mnist_model.pth", weights_only=True)
-        assert {*keys.split()} <= checkpoint.keys()
+        assert keys | {*entry.split(), "history", "config"} <= checkpoint.keys()
         assert checkpoint["epoch"] == best["epoch"] == metrics["best_epoch"]
 
     def test_dry_run_can_be_tried_again_and_leaves_nothing(self, train, tmp_path, capsys):
@@ -475,8 +472,8 @@ class TestCommandLine:
 
     @pytest.mark.parametrize("more", ["--data-dir empty", "--data synthetic"])
     def test_printed_digits_are_loud(self, train, tmp_path, monkeypatch, capsys, more):
-        draw = mnist.draw_digits
-        monkeypatch.setattr(mnist, "draw_digits", lambda n, seed: draw(n // 100, seed))
+        few, draw = (lambda n, seed: draw(n // 100, seed)), mnist.draw_digits
+        monkeypatch.setattr(mnist, "draw_digits", few)
         assert train(*more.split()) is None
         printed = capsys.readouterr().out
         assert printed.startswith("!" * 79 + "\nSYNTHETIC: printed digits, not MNIST")
