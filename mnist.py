@@ -191,7 +191,7 @@ def make_state(model: nn.Module, lr: float, schedule: str, epochs: int, steps: i
 
 
 def train_one_epoch(state: dict, loader: Iterable, amp: torch.dtype | None, bar: int = 0) -> tuple:
-    """Train on every (x, y); return mean loss and accuracy. ``bar`` draws progress to so many."""
+    """Train on each (x, y); return mean loss and accuracy. A ``bar`` of so many steps is drawn."""
     model, optimizer = state["model"].train(), state["optimizer"]
     loss_sum = correct = seen = 0  # the first two become tensors on the device: no step waits
     for step, (x, y) in enumerate(loader, 1):
@@ -267,10 +267,10 @@ HEADER = "epoch   rate           train      validation            test seconds  
 
 
 def make_row(entry: dict) -> str:
-    """Return an epoch's line under HEADER; a # stands for 0.2% of validation error."""
+    """Return an epoch's line under HEADER; a # is 0.2% of validation error, nine are the most."""
     row = f"{entry['epoch']:5} {entry['lr']:.4f}"
     for split in SPLITS:
-        row += f" {entry[f'{split}_loss']:7.4f} {entry[f'{split}_accuracy']:7.2%}"
+        row += f" {entry[split + '_loss']:7.4f} {entry[split + '_accuracy']:7.2%}"
     return f"{row} {entry['seconds']:7.1f}  {'#' * round(500 - 500 * entry['val_accuracy']):.9}"
 
 
@@ -468,8 +468,8 @@ def main(argv: list[str] | None = None) -> str | int | None:
         print("\nmnist.py: stopped: the same command with --resume goes on", file=sys.stderr)
         return 130
     except FileExistsError:
-        text = "--resume goes on with it, another --out starts one beside it"
-        return f"mnist.py: error: {args.out} holds a run: {text}"
+        text = "holds a run: --resume goes on with it, another --out starts one beside it"
+        return f"mnist.py: error: {args.out} {text}"
     except BrokenPipeError:
         os._exit(1)  # nobody reads what is printed: nothing is left to say
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
