@@ -472,8 +472,7 @@ class TestCommandLine:
 
     @pytest.mark.parametrize("more", ["--data-dir empty", "--data synthetic"])
     def test_printed_digits_are_loud(self, train, tmp_path, monkeypatch, capsys, more):
-        few, draw = (lambda n, seed: draw(n // 100, seed)), mnist.draw_digits
-        monkeypatch.setattr(mnist, "draw_digits", few)
+        monkeypatch.setattr(mnist, "draw_digits", lambda n, seed: (IMAGES[:400], LABELS[:400]))
         assert train(*more.split()) is None
         printed = capsys.readouterr().out
         assert printed.startswith("!" * 79 + "\nSYNTHETIC: printed digits, not MNIST")
@@ -498,7 +497,8 @@ class TestCommandLine:
         assert "out holds a run" in capfd.readouterr().err
 
     def test_ctrl_c_and_lost_readers_show_no_traceback(self, flags, tmp_path, capfd):
-        run = start([*flags, "--epochs", "999"])
+        attentive = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        run = start([*flags, "--epochs", "999"], attentive)
         while not (tmp_path / "out/mnist_model_epoch_2.pth").exists():
             time.sleep(0.02)
         os.kill(run.pid, signal.SIGINT)
