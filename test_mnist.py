@@ -129,7 +129,7 @@ class TestModel:
         before = {k: v.clone() for k, v in model.state_dict().items()}
         model.print_model_summary()
         *layers, total = capsys.readouterr().out.replace(",", "").splitlines()
-        assert sum(int(line.split()[-1]) for line in layers) == int(total.split()[1]) == 7986
+        assert sum(int(line.split()[-1]) for line in layers) == int(total.split()[1]) == 7946
         assert model.training and same_bits(before, model.state_dict())
 
 
@@ -335,7 +335,7 @@ def known_metrics(epochs):
         entry |= {f"{split}_loss": len(split) / 50, f"{split}_accuracy": 1 - len(split) / 500}
     confusion = torch.diag(torch.full((10,), 100))
     confusion[4, 4], confusion[4, 9] = 70, 30
-    metrics = {"parameters": 7986, "data": "mnist", "test_accuracy": 0.97, "best_epoch": 1}
+    metrics = {"parameters": 7946, "data": "mnist", "test_accuracy": 0.97, "best_epoch": 1}
     history = [{"epoch": e} | entry for e in range(1, epochs + 1)]
     return metrics | {"confusion": confusion.tolist(), "history": history}
 
@@ -405,7 +405,7 @@ class TestCommandLine:
         metrics = json.loads((out / "metrics.json").read_text())
         entry = "epoch lr train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy"
         assert {*metrics["history"][1]} == {*entry.split(), "seconds"}
-        assert (metrics["parameters"], metrics["data"]) == (7986, "mnist")
+        assert (metrics["parameters"], metrics["data"]) == (7946, "mnist")
         assert [sum(row) for row in metrics["confusion"]] == LABELS[400:].bincount().tolist()
         best = min(metrics["history"], key=lambda e: e["val_loss"])
         assert metrics["test_accuracy"] == pytest.approx(best["test_accuracy"])
