@@ -49,11 +49,11 @@ class Network(nn.Sequential):
 
 
 class SimpleMNISTNet(Network):
-    """A residual network of 7,946 parameters; it reads 99.62 ± 0.05% of the test images right."""
+    """A residual network of 7,946 parameters; test accuracy 99.62 ± 0.05% in 15 epochs."""
 
     def __init__(self) -> None:
         super().__init__(
-            nn.Sequential(nn.Conv2d(1, 8, 3), nn.SiLU()),  # 8 channels of 26x26
+            nn.Sequential(nn.Conv2d(1, 8, 3), nn.SiLU()),  # 8 channels of 26x26; norm is slow here
             conv_block(8, 12, 3, nn.MaxPool2d(2)),  # 12 of 12x12
             conv_block(12, 16, 3),  # 16 of 10x10
             ResidualBlock(16),
