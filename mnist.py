@@ -44,24 +44,25 @@ class Network(nn.Sequential):
         x, training = torch.zeros(1, 1, 28, 28).to(next(self.parameters())), self.training
         for layer in self.eval():  # so that batch norm's statistics stay as they are
             x, count = layer(x), sum(p.numel() for p in layer.parameters())
-            print(f"{type(layer).__name__:<20}{('N', *x.shape[1:])!s:<20}{count:>10,}")
-        print(f"{type(self).__name__:<40}{self.train(training).count_parameters():>10,} parameters")
+            parts = ", ".join(type(m).__name__ for m in layer.modules() if not [*m.children()])
+            print(f"{parts:<48}{('N', *x.shape[1:])!s:<18}{count:>8,}")
+        print(f"{type(self).__name__}: {self.train(training).count_parameters():,} parameters")
 
 
 class SimpleMNISTNet(Network):
-    """A residual network of 7,946 parameters; test accuracy 99.62 ± 0.05% in 15 epochs."""
+    """A network of 7,946 parameters; test accuracy 99.62 ± 0.05% in 15 epochs."""
 
     def __init__(self) -> None:
         super().__init__(
             nn.Sequential(nn.Conv2d(1, 8, 3), nn.SiLU()),  # 8 channels of 26x26; norm is slow here
             conv_block(8, 12, 3, nn.MaxPool2d(2)),  # 12 of 12x12
             conv_block(12, 16, 3),  # 16 of 10x10
-            ResidualBlock(16),
+            separable_block(16),
             conv_block(16, 24, 1),  # 24 of 10x10
-            ResidualBlock(24),
+            separable_block(24),
             nn.MaxPool2d(2),  # 24 of 5x5
-            ResidualBlock(24),
-            ResidualBlock(24),
+            separable_block(24),
+            separable_block(24),
             nn.Conv2d(24, 10, 1),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),  # 10 logits
@@ -74,16 +75,13 @@ def conv_block(c_in: int, c_out: int, kernel: int, *more: nn.Module) -> nn.Seque
     return nn.Sequential(conv, *more, nn.BatchNorm2d(c_out), nn.SiLU())
 
 
-class ResidualBlock(nn.Sequential):
-    """silu(x + branch(x)) (He et al., 2015); a depthwise 5x5, then a 1x1 (Chollet, 2017)."""
+def separable_block(c: int) -> nn.Sequential:
+    """Return a depthwise 5x5 convolution, then a 1x1 across channels (Chollet, 2017), with norms.
 
-    def __init__(self, c: int) -> None:
-        depthwise = nn.Conv2d(c, c, 5, padding=2, groups=c, bias=False)
-        pointwise = nn.Conv2d(c, c, 1, bias=False)
-        super().__init__(depthwise, nn.BatchNorm2d(c), pointwise, nn.BatchNorm2d(c))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x + super().forward(x))
+    It sees far for few parameters. A residual connection around it gains nothing at this depth.
+    """
+    depthwise = nn.Conv2d(c, c, 5, padding=2, groups=c, bias=False)
+    return nn.Sequential(depthwise, nn.BatchNorm2d(c), *conv_block(c, c, 1))
 
 
 class WideMNISTNet(Network):
