@@ -368,7 +368,7 @@ BAD = "--epochs 0,--epochs x,--batch-size 0,--val-size 0,--lr 0,--lr nan,--lr in
 ERRORS = {
     "--batch-size 301": "leaves 300 images, no batch: lower it or --batch-size",
     "--out data/MNIST/raw/t10k-labels-idx1-ubyte": "holds a run",
-    "--evaluate missing.pth": "let python mnist.py make one in six minutes",
+    "--evaluate missing.pth": "let python mnist.py make one in minutes",
     "--lr 1e9 --schedule constant": "try a lower --lr",
     "--data-dir empty --data mnist": "MNIST/raw",
 } | ({} if torch.cuda.is_available() else {"--device cuda": "there is no cuda device here"})
@@ -593,7 +593,7 @@ class TestTheFileItself:
         assert F.cosine_similarity(shades, shades[:, :1], dim=2).mean() > 0.95
         shutil.rmtree("model_checkpoints")
         exec(code, {})
-        assert "let python mnist.py make one in six minutes" in capsys.readouterr().out
+        assert "let python mnist.py make one in minutes" in capsys.readouterr().out
 
 
 if __name__ == "__main__":
