@@ -81,7 +81,7 @@ def separable_block(c: int) -> nn.Sequential:
     It sees far for few parameters. A residual connection around it gains nothing at this depth.
     """
     depthwise = nn.Conv2d(c, c, 5, padding=2, groups=c, bias=False)
-    return nn.Sequential(depthwise, nn.BatchNorm2d(c), *conv_block(c, c, 1))
+    return nn.Sequential(depthwise, nn.BatchNorm2d(c), conv_block(c, c, 1))
 
 
 class WideMNISTNet(Network):
