@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -38,8 +39,7 @@ class Network(nn.Sequential):
     """Layers in a row, from normalised images, float32 (N, 1, 28, 28), to logits, (N, 10)."""
 
     def __getitem__(self, index: int | slice) -> nn.Module:
-        """Return a layer, or several as an nn.Sequential: ``[:-3]`` extracts features."""
-        return nn.Sequential(*self)[index]
+        return nn.Sequential(*self)[index]  # a slice, such as [:-3], extracts features
 
     def count_parameters(self) -> int:
         """Return the number of parameters, frozen ones included."""
@@ -116,12 +116,11 @@ Split = tuple[Tensor, Tensor]  # images, uint8 (N, 1, 28, 28), and labels, int64
 
 def load_mnist(data_dir: str | Path = "data") -> list[Split]:
     """Return the training and test set; download them if missing, else raise ConnectionError."""
-    root = Path(os.path.expanduser(data_dir))
-    raw = root / DATASET.__name__ / "raw"
+    raw = Path(os.path.expanduser(data_dir), DATASET.__name__, "raw")
     if not all((raw / name).exists() for name in FILES):
         print(f"downloading {DATASET.__name__} to {raw}", flush=True)
         raw.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as folder:
+        with tempfile.TemporaryDirectory(dir=raw.parent) as folder:
             try:
                 DATASET(folder, download=True)
             except (RuntimeError, ConnectionError, TimeoutError) as error:
@@ -130,24 +129,21 @@ def load_mnist(data_dir: str | Path = "data") -> list[Split]:
                 os.replace(Path(folder, DATASET.__name__, "raw", name), raw / name)
     if zlib.crc32(b"".join((raw / name).read_bytes() for name in FILES)) != CRC32:
         raise OSError(f"a file in {raw} is damaged: delete it to download it again")
-    return [(s.data[:, None], s.targets) for s in (DATASET(root, True), DATASET(root, False))]
+    sets = [DATASET(raw.parents[1], train) for train in (True, False)]
+    return [(s.data[:, None], s.targets) for s in sets]
 
 
-def augment(images: Tensor, strength: float = 1.0) -> Tensor:
+def augment(images: Tensor) -> Tensor:
     """Warp each float image of (N, 1, 28, 28), with a ground of 0, by a random map of its own."""
-    n, pixel = len(images), 2 / 28  # affine_grid's coordinates run from -1 to 1
-    noise = strength * (2 * torch.rand(5, n, device=images.device) - 1)
+    noise = 2 * torch.rand(5, len(images), device=images.device) - 1
     angle = noise[0] * math.radians(10)
     scale = 1 + noise[1] * 0.1
     shear = noise[2] * 0.1
-    shift_x, shift_y = noise[3:] * 2 * pixel
+    shift_x, shift_y = noise[3:] * 2 / 14  # 2 pixels: affine_grid's 28 pixels are from -1 to 1
     cos, sin = scale * angle.cos(), scale * angle.sin()
     rows = [cos, shear * cos - sin, shift_x, sin, shear * sin + cos, shift_y]
-    grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), images.shape, align_corners=False)
-    # An elastic field on top (Simard et al., 2003): 5x5 random shifts, smoothly interpolated.
-    field = strength * 0.4 * pixel * torch.randn(n, 2, 5, 5, device=images.device)
-    field = F.interpolate(field, images.shape[2:], mode="bicubic", align_corners=True)
-    return F.grid_sample(images, grid + field.permute(0, 2, 3, 1), align_corners=False)
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 
 def draw_digits(n: int, seed: int) -> Split:
@@ -155,9 +151,8 @@ def draw_digits(n: int, seed: int) -> Split:
     font = "75557 26227 71747 71717 55711 74717 74757 71222 75757 75717"  # octal: 3 pixels a figure
     pixels = torch.tensor([[[int(r) >> i & 1 for i in (2, 1, 0)] for r in d] for d in font.split()])
     glyphs = F.pad(F.interpolate(pixels[:, None].float(), scale_factor=4), (8, 8, 4, 4))
-    torch.manual_seed(seed)
-    labels = torch.randint(10, (n,))
-    images = [augment(glyphs[part], strength=2) for part in labels.split(1000)]
+    labels = torch.randint(10, (n,), generator=torch.manual_seed(seed))
+    images = [augment(glyphs[part]) for part in labels.split(1000)]
     return (torch.cat(images) * 255).byte(), labels
 
 
@@ -245,9 +240,9 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(new, path)
 
 
-def save_checkpoint(path: str | Path, state: TrainState, history: list[dict], config: dict) -> None:
-    """Write the state, the config, and the METRICS of each epoch, the last's also as keys."""
-    content = {f"{name}_state_dict": part.state_dict() for name, part in state._asdict().items()}
+def save_checkpoint(path: str | Path, history: list[dict], config: dict, **parts: object) -> None:
+    """Write the state of ``model=...`` and other parts, and the METRICS of each epoch so far."""
+    content = {f"{name}_state_dict": part.state_dict() for name, part in parts.items()}
     buffer = io.BytesIO()
     torch.save(content | history[-1] | {"history": history, "config": config}, buffer)
     write_file(Path(path), buffer.getvalue())
@@ -261,6 +256,7 @@ def load_checkpoint(path: str | Path, **parts: object) -> dict:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         numbers = [epoch[key] for epoch in checkpoint["history"] for key in METRICS]
         numbers += [w.sum().item() for w in checkpoint["model_state_dict"].values()]
+        numbers += [len({**checkpoint["config"]})]  # which fails where it is no dict
         if damaged or not all(map(math.isfinite, numbers)):
             raise ValueError("a wrong checksum or number")
         for name, part in parts.items():
@@ -353,14 +349,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.amp == "auto":
         fast = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         args.amp = fast if args.device == "cuda" else "off"
-    if args.batch_size is None:
-        args.batch_size = 128 if args.device == "cuda" else 64
-    if args.lr is None:
-        args.lr = 0.05 if args.model == "wide" else 0.4
+    if not all(n is None or n > 0 for n in (args.val_size, args.epochs, args.batch_size, args.lr)):
+        parser.error("--val-size, --epochs, --batch-size and --lr must be above 0")
+    args.batch_size = args.batch_size or (128 if args.device == "cuda" else 64)
+    args.lr = args.lr or (0.05 if args.model == "wide" else 0.4)
     if args.dry_run:
         args.epochs, args.val_size = 1, args.batch_size
-    if min(args.val_size, args.epochs, args.batch_size, args.lr) <= 0:
-        parser.error("--val-size, --epochs, --batch-size and --lr must be above 0")
     args.out = Path(os.path.expanduser(args.out), "synthetic" if args.data == "synthetic" else "")
     return args
 
@@ -404,8 +398,10 @@ def train(args: argparse.Namespace, model: nn.Module, data: dict, path: Path | N
     """Train, from the checkpoint at ``path`` if any; save one after each epoch; return history."""
     steps = len(data["train"][1]) // args.batch_size
     state = make_state(model, args.lr, args.schedule, args.epochs, steps, args.amp == "fp16")
-    history = load_checkpoint(path, **state._asdict())["history"] if path else []
-    config = {flag: getattr(args, flag) for flag in CONFIG}
+    parts, config = state._asdict(), {flag: getattr(args, flag) for flag in CONFIG}
+    history = load_checkpoint(path, **parts)["history"] if path else []
+    for left in args.out.glob(".new-*"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
     bar = steps if sys.stdout and sys.stdout.isatty() else 0
     print(HEADER, *map(make_row, history), sep="\n")
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -414,17 +410,16 @@ def train(args: argparse.Namespace, model: nn.Module, data: dict, path: Path | N
         start, lr = time.perf_counter(), state.scheduler.get_last_lr()[0]
         loader = batches(data["train"], args.batch_size, train=True)
         scores = [*train_one_epoch(state, loader, AMP[args.amp], bar)]
-        for split in ("val", "test"):
-            scores += evaluate(model, data[split])[:2]
+        scores += [*evaluate(model, data["val"])[:2], *evaluate(model, data["test"])[:2]]
         metrics = dict(zip(METRICS, [epoch, lr, time.perf_counter() - start, *scores], strict=True))
         if not math.isfinite(metrics["train_loss"] + metrics["val_loss"]):
             raise SystemExit(f"{ERROR} the loss of epoch {epoch} is not finite: try a lower --lr")
         print(make_row(metrics), flush=True)
         history.append(metrics)
         if metrics is min(history, key=lambda m: m["val_loss"]):  # less noisy than the accuracy
-            save_checkpoint(args.out / "best_mnist_model.pth", state, history, config)
+            save_checkpoint(args.out / "best_mnist_model.pth", history, config, **parts)
         # Written last: if killed before this, resuming repeats the epoch.
-        save_checkpoint(args.out / f"mnist_model_epoch_{epoch}.pth", state, history, config)
+        save_checkpoint(args.out / f"mnist_model_epoch_{epoch}.pth", history, config, **parts)
     return history
 
 
@@ -437,9 +432,9 @@ def report(args: argparse.Namespace, model: nn.Module, data: Split, history: lis
     checkpoint = load_checkpoint(args.evaluate or best, model=model)
     _, accuracy, logits = evaluate(model, data)
     confusion = (data[1] * 10 + logits.argmax(1)).bincount(minlength=100).view(10, 10).tolist()
-    metrics = dict(data=args.data, parameters=model.count_parameters(), config=checkpoint["config"])
+    metrics = dict(data=args.data, parameters=model.count_parameters(), test_accuracy=accuracy)
     metrics |= dict(history=history or checkpoint["history"], best_epoch=len(checkpoint["history"]))
-    metrics |= dict(test_accuracy=accuracy, confusion=confusion)
+    metrics |= dict(config={flag: getattr(args, flag) for flag in CONFIG}, confusion=confusion)
     text = make_report(metrics)
     print(f"\n{text}", flush=True)
     if history:
@@ -449,9 +444,8 @@ def report(args: argparse.Namespace, model: nn.Module, data: Split, history: lis
             write_file(args.out / "training_metrics.png", draw_plot(history))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] = sys.argv[1:]) -> None:
     """Train or go on, and report, or test a checkpoint; an error ends it by SystemExit."""
-    argv = sys.argv[1:] if argv is None else argv
     try:
         args, path = open_run(argv)
         try:
@@ -462,8 +456,7 @@ def main(argv: list[str] | None = None) -> None:
             print("!" * 79, f"SYNTHETIC: printed digits, not MNIST: {error}", "!" * 79, sep="\n")
             return main([*argv, "--data=synthetic"])
         args.data = "dry run" if args.dry_run else "mnist" if args.data == "auto" else args.data
-        sizes = ", ".join(f"{len(labels):,} {name}" for name, (_, labels) in data.items())
-        print(f"{args.data}: {sizes}; {args.device}, amp {args.amp}, seed {args.seed}; {args.out}")
+        print(f"{args.data} on {args.device}, amp {args.amp}, seed {args.seed}, into {args.out}")
         torch.manual_seed(args.seed * 10_000)
         # channels_last is faster on a CPU, not on CUDA; on mps it has bugs.
         layout = torch.channels_last if args.device == "cpu" else torch.contiguous_format
