@@ -331,7 +331,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--val-size", type=int, default=5000, metavar="N", help="validation images (%(default)s)")
     add("--epochs", type=int, default=15, metavar="N", help="training epochs (%(default)s)")
     add("--batch-size", type=int, metavar="N", help="training batch size (64; on CUDA 128)")
-    add("--lr", type=float, metavar="F", help="highest learning rate (0.4; for wide 0.05)")
+    add("--lr", type=float, metavar="F", help="highest learning rate (0.4; for wide 0.03)")
     add("--schedule", choices=schedules, default="onecycle", help="of the rate (%(default)s)")
     add("--seed", type=int, default=1, metavar="N", help="random seed (%(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to run")
@@ -352,7 +352,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if not all(n is None or n > 0 for n in (args.val_size, args.epochs, args.batch_size, args.lr)):
         parser.error("--val-size, --epochs, --batch-size and --lr must be above 0")
     args.batch_size = args.batch_size or (128 if args.device == "cuda" else 64)
-    args.lr = args.lr or (0.05 if args.model == "wide" else 0.4)
+    args.lr = args.lr or (0.03 if args.model == "wide" else 0.4)
     if args.dry_run:
         args.epochs, args.val_size = 1, args.batch_size
     args.out = Path(os.path.expanduser(args.out), "synthetic" if args.data == "synthetic" else "")
