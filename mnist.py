@@ -118,7 +118,7 @@ def load_mnist(data_dir: str | Path = "data") -> list[Split]:
     """Return the training and test set; download them if missing, else raise ConnectionError."""
     raw = Path(os.path.expanduser(data_dir), DATASET.__name__, "raw")
     if not all((raw / name).exists() for name in FILES):
-        print(f"downloading {DATASET.__name__} to {raw}", flush=True)
+        print(f"downloading {DATASET.__name__} to {str(raw)!a}", flush=True)
         raw.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=raw.parent) as folder:
             try:
@@ -456,7 +456,7 @@ def main(argv: list[str] = sys.argv[1:]) -> None:
             print("!" * 79, f"SYNTHETIC: printed digits, not MNIST: {error}", "!" * 79, sep="\n")
             return main([*argv, "--data=synthetic"])
         args.data = "dry run" if args.dry_run else "mnist" if args.data == "auto" else args.data
-        print(f"{args.data} on {args.device}, amp {args.amp}, seed {args.seed}, into {args.out}")
+        print(f"{args.data} on {args.device}, amp {args.amp}, seed {args.seed}; {str(args.out)!a}")
         torch.manual_seed(args.seed * 10_000)
         # channels_last is faster on a CPU, not on CUDA; on mps it has bugs.
         layout = torch.channels_last if args.device == "cpu" else torch.contiguous_format
@@ -469,7 +469,7 @@ def main(argv: list[str] = sys.argv[1:]) -> None:
                 history = train(args, model, data, path)
             report(args, model, data["test"], history)
     except KeyboardInterrupt:
-        print("\nmnist.py: stopped: the same command with --resume goes on", file=sys.stderr)
+        print("\nmnist.py: stopped; training goes on with --resume", file=sys.stderr)
         sys.exit(130)
     except (OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"{ERROR} {' '.join(str(error).split())}")

@@ -454,7 +454,7 @@ class TestCommandLine:
         best = min(metrics["history"], key=lambda m: m["val_loss"])
         assert metrics["test_accuracy"] == best["test_accuracy"] and len(best) == 9
         assert Path("out/report.txt").read_text() in printed and not re.search(".{80}", printed)
-        assert "mnist on cpu, amp off, seed 1, into out\n" in printed
+        assert "mnist on cpu, amp off, seed 1; 'out'\n" in printed
         keys = {f"{part}_state_dict" for part in mnist.TrainState._fields}
         checkpoint = torch.load("out/best_mnist_model.pth", weights_only=True)
         assert keys | {*mnist.METRICS, "history", "config"} == checkpoint.keys()
@@ -585,7 +585,7 @@ class TestCommandLine:
         while run.is_alive() and not Path("out/mnist_model_epoch_2.pth").exists():
             time.sleep(0.02)
         os.kill(run.pid, signal.SIGINT)
-        assert end(run) == 130 and re.fullmatch("\n.*goes on\n", capfd.readouterr().err)
+        assert end(run) == 130 and re.fullmatch("\n.*stopped; .*--resume\n", capfd.readouterr().err)
 
 
 def pictures_of(digit):
