@@ -137,22 +137,22 @@ class TestModel:
     def test_wide_net_is_its_list_of_layers(self):
         layers = leaves(mnist.WideMNISTNet())
         convs = [m for m in layers if isinstance(m, nn.Conv2d)]
-        sizes = "1-32-3 32-64-3 64-128-3 128-32-1 32-64-3 64-128-3 128-10-1"
-        assert (
-            " ".join(f"{c.in_channels}-{c.out_channels}-{c.kernel_size[0]}" for c in convs) == sizes
-        )
+        sizes = [f"{c.in_channels}-{c.out_channels}-{c.kernel_size[0]}" for c in convs]
+        expected = "1-32-3 32-64-3 64-128-3 128-32-1 32-64-3 64-128-3 128-10-1"
+        assert " ".join(sizes) == expected
         names = "".join(type(m).__name__[0] for m in layers)  # Conv2d, ReLU, MaxPool2d, Adaptive...
         assert names == "CRCRCRMCRCRCRACF" and not any(c.padding[0] or c.bias for c in convs)
 
     def test_summary_lists_layers_and_total_and_changes_nothing(self, capsys):
         model = mnist.SimpleMNISTNet()
         model[0].requires_grad_(False)  # frozen parameters count
-        old = {k: v.clone() for k, v in model.state_dict().items()}
+        old, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
         model.print_model_summary()
         *rows, total = capsys.readouterr().out.replace(",", "").splitlines()
         assert sum(int(row.split()[-1]) for row in rows) == int(total.split()[1]) == 7954
         assert "ReLU" in rows[0] and "('N' 8 26 26)" in rows[0] and "budget: 8000" in total
-        assert model.training and same_bits(old, model.state_dict())
+        assert model.training and torch.equal(rng, torch.get_rng_state())
+        assert same_bits(old, model.state_dict())
 
     def test_layers_can_be_taken_out(self):
         model = mnist.SimpleMNISTNet()
