@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, accelerator, nn
 from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, StepLR
 from torchvision import datasets
 
@@ -52,8 +52,7 @@ class Network(nn.Sequential):
         for layer in copy.deepcopy(self).float().cpu().eval():  # a copy: this one stays as it is
             x = layer(x)
             parts = ", ".join(type(m).__name__ for m in layer.modules() if not list(m.children()))
-            count = sum(p.numel() for p in layer.parameters())
-            print(f"{parts:<48}{('N', *x.shape[1:])!s:<18}{count:>8,}")
+            print(f"{parts:<48}{('N', *x.shape[1:])!s:<18}{Network.count_parameters(layer):>8,}")
         print(f"{type(self).__name__}: {self.count_parameters():,} parameters (budget: 8,000)")
 
 
@@ -152,8 +151,7 @@ def draw_digits(n: int, seed: int) -> Split:
     pixels = torch.tensor([[[int(r) >> i & 1 for i in (2, 1, 0)] for r in d] for d in font.split()])
     glyphs = F.pad(F.interpolate(pixels[:, None].float(), scale_factor=4), (8, 8, 4, 4))
     labels = torch.randint(10, (n,), generator=torch.manual_seed(seed))
-    images = [augment(glyphs[part]) for part in labels.split(1000)]
-    return (torch.cat(images) * 255).byte(), labels
+    return (torch.cat([augment(glyphs[part]) for part in labels.split(1000)]) * 255).byte(), labels
 
 
 def batches(data: Split, size: int, train: bool = False) -> abc.Iterator[tuple[Tensor, Tensor]]:
@@ -175,10 +173,11 @@ def make_state(
     model: nn.Module, lr: float, schedule: str, epochs: int, steps: int, fp16: bool = False
 ) -> TrainState:
     """Return SGD, a schedule for ``epochs`` of ``steps`` each, and the scaler that fp16 needs."""
-    device = next(model.parameters()).device.type
-    sgd = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=5e-5, nesterov=True, fused=True)
-    for p in model.parameters():  # left to fused SGD, garbage where fp16 skips the first step
-        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    weights = list(model.parameters())
+    device = weights[0].device.type
+    sgd = torch.optim.SGD(weights, lr, 0.9, weight_decay=5e-5, nesterov=True, fused=device != "mps")
+    for weight in weights:  # fused SGD leaves it uninitialised where fp16 skips the first step
+        sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     total = max(10, epochs * steps + 1)  # OneCycleLR fails on fewer than ten steps
     scheduler = {  # one cycle: Smith and Topin (2018)
         "onecycle": lambda: OneCycleLR(sgd, lr, total, pct_start=0.2, cycle_momentum=False),
@@ -341,14 +340,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--evaluate", metavar="CKPT", help="test a checkpoint instead of training")
     add("--dry-run", action="store_true", help="try one batch of everything; no file is kept")
     args = parser.parse_args(argv)
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    best = "mps" if torch.backends.mps.is_available() else best
+    best = accelerator.current_accelerator().type if accelerator.is_available() else "cpu"
     args.device = best if args.device == "auto" else args.device
     if args.device not in ("cpu", best):
         raise SystemExit(f"{ERROR} there is no {args.device} device here: leave out --device")
     if args.amp == "auto":
         fast = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         args.amp = fast if args.device == "cuda" else "off"
+    if (args.device, args.amp) == ("mps", "fp16"):
+        parser.error("--amp fp16 is not reliable on mps: use bf16 or off")
     if not all(n is None or n > 0 for n in (args.val_size, args.epochs, args.batch_size, args.lr)):
         parser.error("--val-size, --epochs, --batch-size and --lr must be above 0")
     args.batch_size = args.batch_size or (128 if args.device == "cuda" else 64)

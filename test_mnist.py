@@ -404,8 +404,7 @@ def end(process):
     return process.exitcode  # None if it hangs
 
 
-def live_dangerously(seed):
-    """Make this process be killed by chance in the midst of a write, or right after one."""
+def live_dangerously(seed):  # to be killed by chance in the midst of a write, or right after one
     rng, replace = random.Random(seed), os.replace
     die = lambda: rng.random() < 0.1 and os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
 
@@ -430,7 +429,8 @@ class TestCommandLine:
         defaults = "simple data 5000 15 64 0.4 onecycle 1 cpu off model_checkpoints False None"
         assert " ".join(str(v) for k, v in vars(args).items() if k != "data") == f"{defaults} False"
         assert args.data == "auto" and mnist.parse_args(["--model", "wide"]).lr == 0.03
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
         for bf16, amp in ((True, "bf16"), (False, "fp16")):
             monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, ok=bf16, **__: ok)
             args = mnist.parse_args([])
