@@ -123,7 +123,7 @@ def load_mnist(data_dir: str | Path = "data") -> list[Split]:
             try:
                 DATASET(folder, download=True)
             except (RuntimeError, ConnectionError, TimeoutError) as error:
-                raise ConnectionError(f"{error}: put {', '.join(FILES)} into {raw}") from error
+                raise ConnectionError(" ".join(f"{error}: put {FILES} in {raw}".split())) from error
             for name in FILES:  # moved in one step each, so none is ever there in part
                 os.replace(Path(folder, DATASET.__name__, "raw", name), raw / name)
     if zlib.crc32(b"".join((raw / name).read_bytes() for name in FILES)) != CRC32:
@@ -469,7 +469,7 @@ def main(argv: list[str] = sys.argv[1:]) -> None:
                 history = train(args, model, data, path)
             report(args, model, data["test"], history)
     except KeyboardInterrupt:
-        print("\nmnist.py: stopped; training goes on with --resume", file=sys.stderr)
+        print("\nmnist.py: stopped: the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)
     except (OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"{ERROR} {' '.join(str(error).split())}")

@@ -138,8 +138,7 @@ class TestModel:
         layers = leaves(mnist.WideMNISTNet())
         convs = [m for m in layers if isinstance(m, nn.Conv2d)]
         sizes = [f"{c.in_channels}-{c.out_channels}-{c.kernel_size[0]}" for c in convs]
-        expected = "1-32-3 32-64-3 64-128-3 128-32-1 32-64-3 64-128-3 128-10-1"
-        assert " ".join(sizes) == expected
+        assert " ".join(sizes) == "1-32-3 32-64-3 64-128-3 128-32-1 32-64-3 64-128-3 128-10-1"
         names = "".join(type(m).__name__[0] for m in layers)  # Conv2d, ReLU, MaxPool2d, Adaptive...
         assert names == "CRCRCRMCRCRCRACF" and not any(c.padding[0] or c.bias for c in convs)
 
@@ -178,7 +177,8 @@ class TestData:
             content = gzip.compress((data_dir / "MNIST/raw" / name).read_bytes())
             Path(f"{name}.gz").write_bytes(content)
             sums.append((f"{name}.gz", hashlib.md5(content).hexdigest()))
-        Path("new/MNIST/raw").mkdir(parents=True)  # an empty folder is no hindrance
+        Path("new/MNIST/raw").mkdir(parents=True)
+        Path("new/MNIST/raw", mnist.FILES[0]).touch()  # one alone does not count
         server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
         url = f"http://127.0.0.1:{server.server_port}/"
         monkeypatch.setattr(datasets.MNIST, "mirrors", [url])
@@ -389,7 +389,7 @@ ERRORS = {
     "--out data/MNIST/raw/t10k-labels-idx1-ubyte": "File exists: .*t10k-labels",
     "--evaluate missing.pth": "No such file or directory: 'missing.pth'",
     "--lr 1e9 --schedule constant": "try a lower --lr",
-    "--data-dir empty --data mnist": "put train-images-idx3-ubyte.* into empty/MNIST/raw",
+    "--data-dir empty --data mnist": "Error downloading .* put .*idx3-ubyte.* in empty/MNIST/raw",
 } | ({} if torch.cuda.is_available() else {"--device cuda": "there is no cuda device here"})
 
 
@@ -478,8 +478,7 @@ class TestCommandLine:
         for best, losses in ((5, [1, 3, 2, 4, 2, 4, 1, 5, 0, 5]), (1, [1, 3, 2, 0, 2, 4])):
             values = iter(losses)  # of val and test in turn
             monkeypatch.setattr(mnist, "evaluate", lambda *_, v=values: (next(v, 9), 0.5, zeros))
-            epochs = len(losses) // 2
-            assert train("--epochs", epochs, "--out", str(best)) is None
+            assert train("--epochs", len(losses) // 2, "--out", str(best)) is None
             metrics = metrics_of(best)
             assert [epoch["val_loss"] for epoch in metrics["history"]] == losses[::2]
             assert metrics["best_epoch"] == best
@@ -585,7 +584,7 @@ class TestCommandLine:
         while run.is_alive() and not Path("out/mnist_model_epoch_2.pth").exists():
             time.sleep(0.02)
         os.kill(run.pid, signal.SIGINT)
-        assert end(run) == 130 and re.fullmatch("\n.*stopped; .*--resume\n", capfd.readouterr().err)
+        assert end(run) == 130 and capfd.readouterr().err.endswith("with --resume goes on\n")
 
 
 def pictures_of(digit):
