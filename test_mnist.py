@@ -267,7 +267,7 @@ class TestTraining:
         assert [s["momentum_buffer"].any() for s in state.optimizer.state.values()] == [False] * 7
         state.scaler._init_scale = 2.0**40
         loss, _ = mnist.train_one_epoch(state, [*mnist.batches(data, 2)] * 4, torch.float16)
-        assert state.scaler.get_scale() < 2.0**40 and math.isfinite(loss)
+        assert 1 < state.scaler.get_scale() < 2.0**40 and math.isfinite(loss)
 
     def test_training_and_evaluate_give_the_mean_loss_and_the_accuracy(self, capsys):
         state, data = new_state("wide", lr=1e-12), (IMAGES[:78], LABELS[:78])
