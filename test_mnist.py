@@ -479,12 +479,12 @@ class TestCommandLine:
         for best, losses in ((5, [1, 3, 2, 4, 2, 4, 1, 5, 0, 5]), (1, [1, 3, 2, 0, 2, 4])):
             values = iter(losses)  # of val and test in turn
             monkeypatch.setattr(mnist, "evaluate", lambda *_, v=values: (next(v, 9), 0.5, zeros))
-            assert train("--epochs", len(losses) // 2, "--out", str(best)) is None
+            assert train("--epochs", len(losses) // 2, "--seed", best, "--out", best) is None
             metrics = metrics_of(best)
             assert [epoch["val_loss"] for epoch in metrics["history"]] == losses[::2]
             assert metrics["best_epoch"] == best
             assert torch.load(f"{best}/best_mnist_model.pth")["epoch"] == best
-        assert len({*seen[: 5 * 6]}) == 5 * 6 and seen[: 2 * 6] == seen[5 * 6 :][: 2 * 6]
+        assert len({*seen}) == len(seen) == (5 + 3) * 6
         rates = [epoch["lr"] for epoch in metrics_of(5)["history"]]
         assert rates[0] == pytest.approx(0.004) and rates[1] == max(rates) > 0.09 > 3 * rates[4]
 
