@@ -531,15 +531,15 @@ class TestCommandLine:
     def test_resume_goes_on_from_the_newest_checkpoint_and_tells_damage(self, train, capsys):
         train("--epochs", 10)
         newest, more = Path("out/mnist_model_epoch_10.pth"), ("--epochs", 10, "--resume")
-        report = Path("out/report.txt").read_text()
-        for name in ("mnist_model_epoch_11 (1).pth", "mnist_model_epoch_12_backup.pth"):
-            Path("out", name).write_bytes(b"not the run's")
+        report, old = Path("out/report.txt").read_text(), os.stat("out/mnist_model_epoch_1.pth")
+        Path("out/mnist_model_epoch_11 (1).pth").write_bytes(b"not the run's")
         newest.write_bytes(newest.read_bytes()[:-9])
         assert f"{newest} is damaged" in train(*more)
         newest.unlink()
         capsys.readouterr()
         assert train(*more) is None and report == Path("out/report.txt").read_text()
         assert capsys.readouterr().out.count("\n    3 0.0") == 2  # the table is whole
+        assert os.stat("out/mnist_model_epoch_1.pth").st_ino == old.st_ino  # not trained again
 
     @pytest.mark.parametrize("more", ERRORS)
     def test_what_cannot_be_done_is_told_in_one_line(self, train, tmp_path, monkeypatch, more):
