@@ -32,7 +32,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
@@ -598,10 +598,10 @@ def pictures_of(digit):
     yield to_pil_image((values * torch.linspace(0.5, 1, 460)).byte())  # a shadow
     yield Image.fromarray((values * 200).numpy().astype("uint16"))
     yield Image.fromarray((values / 255).numpy())
-    for colour in ("black", "white", "blue"):
-        page = Image.new("RGBA", ink.size, colour)
-        page.putalpha(ink)
-        yield page
+    yield from (Image.merge("LA", (ink.point(lambda _, v=v: v), ink)) for v in (0, 255))
+    for pen in (ImageFilter.MaxFilter(9), ImageFilter.MinFilter(9)):  # thick, thin
+        yield ImageOps.expand(ImageOps.invert(ink.filter(pen)), 90, 255)
+    yield ImageOps.expand(photo.resize((120, 120)), 300, 255)
     ImageDraw.Draw(photo).ellipse((360, 360, 520, 560), 100)  # a hand
     yield photo
 
