@@ -330,8 +330,9 @@ class TestCheckpoints:
         weights, entry = good["model_state_dict"], known_history(1)[0]
         nan = {name: value * float("nan") for name, value in weights.items()}
         foreign = [[], None, "text", evil, mnist.SimpleMNISTNet(), weights, good | {"epoch": evil}]
-        parts = [key for key in good if key.endswith("state_dict")]
-        foreign += [{k: v for k, v in good.items() if k != part} for part in parts]
+        foreign += [
+            {k: v for k, v in good.items() if k != part} for part in good if "_dict" in part
+        ]
         foreign += [good | {"history": [{}]}, good | {"history": [entry | {"lr": "\x1b[1m"}]}]
         foreign += [good | {"config": []}, good | {"model_state_dict": nan}]
         for content in foreign:
@@ -350,8 +351,7 @@ def known_history(epochs):
 
 def known_metrics(epochs):
     confusion = torch.diag(torch.full((10,), 100))
-    confusion[4, 4], confusion[4, 9] = 70, 30
-    confusion[7] = 0  # a class that is missing
+    confusion[4, 4], confusion[4, 9], confusion[7, 7] = 70, 30, 0  # 7 is missing
     metrics = {"parameters": 7954, "data": "mnist", "test_accuracy": 0.97, "best_epoch": 1}
     return metrics | {"confusion": confusion.tolist(), "history": known_history(epochs)}
 
@@ -460,6 +460,8 @@ class TestCommandLine:
         checkpoint = torch.load("out/best_mnist_model.pth", weights_only=True)
         assert keys | {*mnist.METRICS, "history", "config"} == checkpoint.keys()
         assert checkpoint["epoch"] == best["epoch"] == metrics["best_epoch"]
+        weight = checkpoint["model_state_dict"]["1.0.weight"]
+        assert weight.is_contiguous(memory_format=torch.channels_last)
         assert checkpoint["config"] == metrics["config"] and metrics["config"]["lr"] == 0.1
 
     def test_a_checkpoint_works_with_standard_preprocessing(self, train, data_dir):
