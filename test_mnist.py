@@ -330,9 +330,7 @@ class TestCheckpoints:
         weights, entry = good["model_state_dict"], known_history(1)[0]
         nan = {name: value * float("nan") for name, value in weights.items()}
         foreign = [[], None, "text", evil, mnist.SimpleMNISTNet(), weights, good | {"epoch": evil}]
-        foreign += [
-            {k: v for k, v in good.items() if k != part} for part in good if "_dict" in part
-        ]
+        foreign += [{k: v for k, v in good.items() if k != part} for part in good if "_d" in part]
         foreign += [good | {"history": [{}]}, good | {"history": [entry | {"lr": "\x1b[1m"}]}]
         foreign += [good | {"config": []}, good | {"model_state_dict": nan}]
         for content in foreign:
