@@ -558,7 +558,7 @@ class TestCommandLine:
         assert "holds a run" in train("--data", "synthetic")
         assert train("--data-dir", "empty", "--resume") is None
         assert train() is None and metrics_of("out")["data"] == "mnist"  # now it is there
-        full = lambda self: Path(self.root, "part").write_text("half") and os.stat("gone")  # noqa: E731
+        full = lambda self: Path(self.root, "a").write_text("a") and os.stat("gone")  # noqa: E731
         monkeypatch.setattr(datasets.MNIST, "download", full)
         assert "No such file" in train("--data-dir", "empty", "--out", "third")
         assert not contents(Path("empty"))
