@@ -79,7 +79,7 @@ class SimpleMNISTNet(Network):
 
 
 def conv_block(c_in: int, c_out: int, k: int, norm: bool = True) -> nn.Sequential:
-    """Return convolution, batch norm and ReLU; without padding, as MNIST's margins are empty."""
+    """Return convolution, batch norm if asked, and ReLU; unpadded, as MNIST's margins are empty."""
     conv = nn.Conv2d(c_in, c_out, k, bias=False)
     layers = [conv, nn.BatchNorm2d(c_out), nn.ReLU()] if norm else [conv, nn.ReLU()]
     return nn.Sequential(*layers)
@@ -143,7 +143,7 @@ def load_mnist(data_dir: str | Path = "data") -> list[Split]:
 
 
 def augment(images: Tensor, strength: float = 1.0) -> Tensor:
-    """Warp each image of (N, 1, 28, 28), float, by a random affine map and an elastic field."""
+    """Distort float images, (N, 1, 28, 28), each at random; ``strength`` scales all limits."""
     n, pixel = len(images), 2 / 28  # affine_grid's 28 pixels are from -1 to 1
     noise = strength * (2 * torch.rand(5, n, device=images.device) - 1)
     angle = noise[0] * math.radians(13)
@@ -325,7 +325,7 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIG = ("model", "data", "val_size", "epochs", "batch_size", "lr", "schedule", "seed", "amp")
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str], **defaults: object) -> argparse.Namespace:
     """Parse and check the flags, and settle what they leave open; bad usage exits with status 2."""
     parser = argparse.ArgumentParser("mnist.py")
     add, schedules = parser.add_argument, ["onecycle", "step", "constant"]
@@ -344,6 +344,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with the run in --out, with its flags")
     add("--evaluate", metavar="CKPT", help="test a checkpoint instead of training")
     add("--dry-run", action="store_true", help="try one batch of everything; no file is kept")
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     best = accelerator.current_accelerator().type if accelerator.is_available() else "cpu"
     args.device = best if args.device == "auto" else args.device
@@ -375,10 +376,9 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path | None]:
         raise SystemExit(f"{ERROR} {args.out} holds a run: add --resume, or choose another --out")
     path = Path(args.evaluate or args.out / f"mnist_model_epoch_{newest}.pth")
     config = load_checkpoint(path)["config"]
-    own = [f"--{flag.replace('_', '-')}={config.get(flag)}" for flag in CONFIG]
-    before, args = parse_args(own), parse_args([*own, *argv])
+    args = parse_args(argv, **config)
     for flag in CONFIG if args.resume else ():
-        old, new = getattr(before, flag), getattr(args, flag)
+        old, new = config[flag], getattr(args, flag)
         if old != new and (flag != "epochs" or args.schedule == "onecycle"):
             text = f"--{flag.replace('_', '-')} is {new}, but the run in {args.out} has {old}"
             raise SystemExit(f"{ERROR} {text}: leave it out, or choose another --out")
@@ -411,7 +411,7 @@ def train(args: argparse.Namespace, model: nn.Module, data: dict, path: Path | N
         # One seed for all that is random in an epoch, so that a resumed run needs no other.
         torch.manual_seed(args.seed * 10_000 + epoch)
         start, lr = time.perf_counter(), state.scheduler.get_last_lr()[0]
-        strength = 1 - 0.7 * (epoch - 0.5) / args.epochs  # so that it ends near undistorted images
+        strength = 1 - 0.7 * (epoch - 0.5) / args.epochs  # training ends on almost plain images
         loader = batches(data["train"], args.batch_size, train=True, strength=strength)
         scores = [*train_one_epoch(state, loader, AMP[args.amp], bar)]
         scores += [*evaluate(model, data["val"])[:2], *evaluate(model, data["test"])[:2]]
