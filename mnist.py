@@ -2,10 +2,10 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21"]
 # ///
-"""MNIST in plain PyTorch: 7,954 parameters, 99.54 ± 0.05% (10 seeds, chosen on validation).
+"""MNIST in plain PyTorch: 7,954 parameters, 99.54 ± 0.05% (10 seeds; epoch chosen on validation).
 
     python mnist.py --epochs 15 --device cuda    train, test and report
-    python mnist.py --resume                     go on after an interruption
+    python mnist.py --resume                     continue after an interruption
 
 Sections: Model, Data, Training, Checkpoints, Report, Command line. Each uses only those above it.
 """
@@ -39,13 +39,12 @@ class Network(nn.Sequential):
     """Layers in a row, from normalised images, float32 (N, 1, 28, 28), to logits, (N, 10)."""
 
     def __getitem__(self, index: int | slice) -> nn.Module:
-        return nn.Sequential(*self)[index]  # a slice, such as [:-3], extracts features
+        return nn.Sequential(*self)[index]  # Sequential's own slicing calls type(self)(layers)
 
     def count_parameters(self) -> int:
         """Return the number of parameters, frozen ones included."""
         return sum(p.numel() for p in self.parameters())
 
-    @torch.no_grad()
     def print_model_summary(self) -> None:
         """Print each layer with its output shape and number of parameters, and the total."""
         x = torch.zeros(1, 1, 28, 28)
@@ -79,14 +78,14 @@ class SimpleMNISTNet(Network):
 
 
 def conv_block(c_in: int, c_out: int, k: int, norm: bool = True) -> nn.Sequential:
-    """Return convolution, batch norm if asked, and ReLU; unpadded, as MNIST's margins are empty."""
+    """Return convolution, batch norm unless norm=False, and ReLU; unpadded: margins are empty."""
     conv = nn.Conv2d(c_in, c_out, k, bias=False)
     layers = [conv, nn.BatchNorm2d(c_out), nn.ReLU()] if norm else [conv, nn.ReLU()]
     return nn.Sequential(*layers)
 
 
 class ResidualBlock(nn.Sequential):
-    """A skip connection (He et al., 2015) around a depthwise 5x5 and a 1x1 (Chollet, 2017)."""
+    """A skip connection (He et al., 2015) around a separable convolution (Chollet, 2017)."""
 
     def __init__(self, c: int) -> None:
         depthwise = nn.Conv2d(c, c, 5, padding=2, groups=c, bias=False)
@@ -137,14 +136,14 @@ def load_mnist(data_dir: str | Path = "data") -> list[Split]:
             for name in FILES:  # moved in one step each, so none is ever there in part
                 os.replace(Path(folder, DATASET.__name__, "raw", name), raw / name)
     if zlib.crc32(b"".join((raw / name).read_bytes() for name in FILES)) != CRC32:
-        raise OSError(f"a file in {raw} is damaged: delete it to download it again")
+        raise OSError(f"a file in {raw} is damaged: delete the folder to download it again")
     sets = [DATASET(raw.parents[1], train) for train in (True, False)]
     return [(s.data[:, None], s.targets) for s in sets]
 
 
 def augment(images: Tensor, strength: float = 1.0) -> Tensor:
-    """Distort float images, (N, 1, 28, 28), each at random; ``strength`` scales all limits."""
-    n, pixel = len(images), 2 / 28  # affine_grid's 28 pixels are from -1 to 1
+    """Distort float images, (N, 1, 28, 28), each at random; ``strength`` 0 leaves them alone."""
+    n, pixel = len(images), 2 / 28  # affine_grid's coordinates span -1 to 1 over 28 pixels
     noise = strength * (2 * torch.rand(5, n, device=images.device) - 1)
     angle = noise[0] * math.radians(13)
     scale = 1 + noise[1] * 0.13
@@ -161,15 +160,15 @@ def augment(images: Tensor, strength: float = 1.0) -> Tensor:
 
 def draw_digits(n: int, seed: int) -> Split:
     """Return n warped digits of a 3x5 font: they show that the program runs, no more."""
-    font = "75557 26227 71747 71717 55711 74717 74757 71222 75757 75717"  # octal: 3 pixels a figure
+    font = "75557 26227 71747 71717 55711 74717 74757 71222 75757 75717"  # octal: a digit is a row
     pixels = torch.tensor([[[int(r) >> i & 1 for i in (2, 1, 0)] for r in d] for d in font.split()])
     glyphs = F.pad(F.interpolate(pixels[:, None].float(), scale_factor=4), (8, 8, 4, 4))
-    labels = torch.randint(10, (n,), generator=torch.manual_seed(seed))
+    labels = torch.randint(10, (n,), generator=torch.manual_seed(seed))  # seeds augment, too
     return (torch.cat([augment(glyphs[part]) for part in labels.split(1000)]) * 255).byte(), labels
 
 
 def batches(data: Split, size: int, train: bool = False, strength: float = 1) -> Iterator[Split]:
-    """Yield normalised images, (size, 1, 28, 28), and labels; to train, shuffled and augmented."""
+    """Yield normalised images, (N <= size, 1, 28, 28), and labels; shuffled, augmented to train."""
     images, labels = data
     n = len(labels)
     order = torch.randperm(n)[: n // size * size] if train else torch.arange(n)
@@ -186,13 +185,13 @@ TrainState = namedtuple("TrainState", "model optimizer scheduler scaler")  # wha
 def make_state(
     model: nn.Module, lr: float, schedule: str, epochs: int, steps: int, fp16: bool = False
 ) -> TrainState:
-    """Return SGD, a schedule for ``epochs`` of ``steps`` each, and the scaler that fp16 needs."""
+    """Return the model, SGD, a schedule for ``epochs`` of ``steps``, and a scaler for fp16."""
     weights = list(model.parameters())
     device = weights[0].device.type
     sgd = torch.optim.SGD(weights, lr, 0.9, weight_decay=5e-5, nesterov=True, fused=device != "mps")
-    for weight in weights:  # fused SGD leaves it uninitialised where fp16 skips the first step
+    for weight in weights:  # or fused SGD reads uninitialised ones after a skipped fp16 step
         sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-    total = max(10, epochs * steps + 1)  # OneCycleLR fails on fewer than ten steps
+    total = max(10, epochs * steps + 1)  # OneCycleLR fails on very few steps
     scheduler = {  # one cycle: Smith and Topin (2018)
         "onecycle": lambda: OneCycleLR(sgd, lr, total, pct_start=0.2, cycle_momentum=False),
         "step": lambda: StepLR(sgd, step_size=steps, gamma=0.7),
@@ -207,7 +206,7 @@ def train_one_epoch(
     """Train on each batch; return mean loss and accuracy. With ``steps``, draw a progress bar."""
     model, optimizer, scheduler, scaler = state
     model.train()
-    loss_sum, correct, seen = 0.0, 0.0, 0  # the first two become tensors: no step waits for them
+    loss_sum, correct, seen = 0.0, 0.0, 0  # sums stay on the device: .item() would wait for it
     for step, (x, y) in enumerate(loader, 1):
         with torch.autocast(x.device.type, amp, enabled=amp is not None):
             logits = model(x)
@@ -266,7 +265,7 @@ def load_checkpoint(path: str | Path, **parts: object) -> dict:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[f"{name}_state_dict"])
     except Exception as error:  # a damaged or foreign file can fail in any way
-        raise OSError(f"{path} is damaged, or no checkpoint of this network") from error
+        raise OSError(f"{path} is damaged, or not a checkpoint of this network") from error
     return checkpoint
 
 
@@ -275,7 +274,7 @@ HEADER = f"{'epoch':>5} {'lr':>6}" + "".join(f"{s:>16}" for s in SPLITS) + " sec
 
 
 def make_row(metrics: dict) -> str:
-    """Return an epoch's line under HEADER; a # is 0.2% of validation error, up to nine."""
+    """Return an epoch's line under HEADER: one # per 0.2% of validation error, at most nine."""
     row = f"{metrics['epoch']:5} {metrics['lr']:6.4f}"
     for split in SPLITS:
         row += f" {metrics[split + '_loss']:7.4f} {metrics[split + '_accuracy']:7.2%}"
@@ -284,21 +283,21 @@ def make_row(metrics: dict) -> str:
 
 
 def make_report(metrics: dict) -> str:
-    """Return the report on what metrics.json holds."""
+    """Return the text of report.txt from the content of metrics.json."""
     accuracy, count = metrics["test_accuracy"], sum(sum(row) for row in metrics["confusion"])
     margin = 1.96 * math.sqrt(accuracy * (1 - accuracy) / count)  # of a 95% interval
     lines = [
         f"{metrics['data']} test accuracy {accuracy:.2%} +- {margin:.2%}",
-        f"{metrics['parameters']:,} parameters, best epoch {metrics['best_epoch']} by validation",
+        f"{metrics['parameters']:,} parameters, weights of epoch {metrics['best_epoch']}",
         "",
         HEADER,
         *map(make_row, metrics["history"]),
         "",
-        f"true  predicted{'':37}recall",
+        f"true  predicted{'':41}recall",
         "     " + "".join(f"{digit:5}" for digit in range(10)),
     ]
     for label, row in enumerate(metrics["confusion"]):
-        cells = "".join(f"{count or '.':>5}" for count in row)
+        cells = "".join(f"{n or '.':>5}" for n in row)
         lines.append(f"{label:5}{cells} {row[label] / max(1, sum(row)):6.1%}")
     return "\n".join(lines)
 
@@ -321,12 +320,12 @@ def draw_plot(history: list[dict]) -> bytes:
 ERROR = "mnist.py: error:"
 MODELS = {"simple": SimpleMNISTNet, "wide": WideMNISTNet}
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# The flags that make a run what it is: checkpoints hold them, and --resume takes them from there.
+# Flags that must not change within a run: checkpoints hold them, and --resume reads them there.
 CONFIG = ("model", "data", "val_size", "epochs", "batch_size", "lr", "schedule", "seed", "amp")
 
 
 def parse_args(argv: list[str], **defaults: object) -> argparse.Namespace:
-    """Parse and check the flags, and settle what they leave open; bad usage exits with status 2."""
+    """Parse and check the flags, and fill in the automatic ones; bad usage exits with status 2."""
     parser = argparse.ArgumentParser("mnist.py")
     add, schedules = parser.add_argument, ["onecycle", "step", "constant"]
     add("--model", choices=MODELS, default="simple", help="network (%(default)s)")
@@ -339,21 +338,21 @@ def parse_args(argv: list[str], **defaults: object) -> argparse.Namespace:
     add("--schedule", choices=schedules, default="onecycle", help="learning rate (%(default)s)")
     add("--seed", type=int, default=1, metavar="N", help="random seed (%(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to run")
-    add("--amp", choices=["auto", *AMP], default="auto", help="precision (auto: bf16 on CUDA)")
+    add("--amp", choices=["auto", *AMP], default="auto", help="precision (auto: 16 bits on CUDA)")
     add("--out", default="model_checkpoints", metavar="DIR", help="output folder (%(default)s)")
-    add("--resume", action="store_true", help="go on with the run in --out, with its flags")
+    add("--resume", action="store_true", help="continue (or start) the run in --out")
     add("--evaluate", metavar="CKPT", help="test a checkpoint instead of training")
-    add("--dry-run", action="store_true", help="try one batch of everything; no file is kept")
+    add("--dry-run", action="store_true", help="try one batch of everything; keep no output")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     best = accelerator.current_accelerator().type if accelerator.is_available() else "cpu"
     args.device = best if args.device == "auto" else args.device
     if args.device not in ("cpu", best):
         raise SystemExit(f"{ERROR} there is no {args.device} device here: leave out --device")
-    if args.amp == "auto":
-        fast = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        args.amp = fast if args.device == "cuda" else "off"
-    if (args.device, args.amp) == ("mps", "fp16"):
+    if args.amp == "auto" and args.device == "cuda":
+        args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    args.amp = "off" if args.amp == "auto" else args.amp
+    if (args.device, args.amp) == ("mps", "fp16") and not args.evaluate:
         parser.error("--amp fp16 is not reliable on mps: use bf16 or off")
     if not all(n is None or n > 0 for n in (args.val_size, args.epochs, args.batch_size, args.lr)):
         parser.error("--val-size, --epochs, --batch-size and --lr must be above 0")
@@ -366,20 +365,21 @@ def parse_args(argv: list[str], **defaults: object) -> argparse.Namespace:
 
 
 def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path | None]:
-    """Return the flags, and the checkpoint to test or go on from, whose flags are the defaults."""
+    """Return the flags, and the checkpoint to test or resume; its flags become the defaults."""
     args = parse_args(argv)
     names = [path.stem.split("_")[-1] for path in args.out.glob("mnist_model_epoch_*.pth")]
     newest = max((int(name) for name in names if name.isdecimal()), default=None)
-    if args.dry_run or not (newest or args.evaluate):
+    if not args.evaluate and (args.dry_run or not newest):
         return args, None
     if not (args.resume or args.evaluate):
         raise SystemExit(f"{ERROR} {args.out} holds a run: add --resume, or choose another --out")
     path = Path(args.evaluate or args.out / f"mnist_model_epoch_{newest}.pth")
     config = load_checkpoint(path)["config"]
     args = parse_args(argv, **config)
+    args.out = path.parent
     for flag in CONFIG if args.resume else ():
         old, new = config[flag], getattr(args, flag)
-        if old != new and (flag != "epochs" or args.schedule == "onecycle"):
+        if new not in (old, "auto") and (flag != "epochs" or args.schedule == "onecycle"):
             text = f"--{flag.replace('_', '-')} is {new}, but the run in {args.out} has {old}"
             raise SystemExit(f"{ERROR} {text}: leave it out, or choose another --out")
     return args, path
@@ -391,7 +391,7 @@ def get_data(args: argparse.Namespace) -> dict[str, Split]:
         train, test = draw_digits(60_000, seed=0), draw_digits(10_000, seed=1)
     else:
         train, test = load_mnist(args.data_dir)
-    size = len(train[1]) - args.val_size if not args.dry_run else args.batch_size
+    size = args.batch_size if args.dry_run else len(train[1]) - args.val_size
     if size < args.batch_size:
         raise SystemExit(f"{ERROR} --val-size leaves {size} images to train on, less than a batch")
     splits = {"train": [t[:size] for t in train], "val": [t[-args.val_size :] for t in train]}
@@ -400,7 +400,7 @@ def get_data(args: argparse.Namespace) -> dict[str, Split]:
 
 
 def train(args: argparse.Namespace, model: nn.Module, data: dict, path: Path | None) -> list[dict]:
-    """Train, from the checkpoint at ``path`` if any; save one an epoch; return all metrics."""
+    """Train, from the checkpoint at ``path`` if any; save each epoch; return the history."""
     steps = len(data["train"][1]) // args.batch_size
     state = make_state(model, args.lr, args.schedule, args.epochs, steps, args.amp == "fp16")
     parts, config = state._asdict(), {flag: getattr(args, flag) for flag in CONFIG}
@@ -408,10 +408,10 @@ def train(args: argparse.Namespace, model: nn.Module, data: dict, path: Path | N
     bar = steps if sys.stdout and sys.stdout.isatty() else 0
     print(HEADER, *map(make_row, history), sep="\n")
     for epoch in range(len(history) + 1, args.epochs + 1):
-        # One seed for all that is random in an epoch, so that a resumed run needs no other.
+        # Each epoch has its own seed, so that a resumed run draws the same random numbers.
         torch.manual_seed(args.seed * 10_000 + epoch)
         start, lr = time.perf_counter(), state.scheduler.get_last_lr()[0]
-        strength = 1 - 0.7 * (epoch - 0.5) / args.epochs  # training ends on almost plain images
+        strength = 1 - 0.7 * (epoch - 0.5) / args.epochs  # augmentation fades
         loader = batches(data["train"], args.batch_size, train=True, strength=strength)
         scores = [*train_one_epoch(state, loader, AMP[args.amp], bar)]
         scores += [*evaluate(model, data["val"])[:2], *evaluate(model, data["test"])[:2]]
@@ -428,7 +428,7 @@ def train(args: argparse.Namespace, model: nn.Module, data: dict, path: Path | N
 
 
 def report(args: argparse.Namespace, model: nn.Module, data: Split, history: list | None) -> None:
-    """Test the checkpoint of --evaluate, or a run's best, and print the report; write a run's."""
+    """Test --evaluate's checkpoint, or the run's best; print the report; save it after a run."""
     checkpoint = load_checkpoint(args.evaluate or args.out / "best_mnist_model.pth", model=model)
     _, accuracy, logits = evaluate(model, data)
     confusion = (data[1] * 10 + logits.argmax(1)).bincount(minlength=100).view(10, 10).tolist()
@@ -445,7 +445,7 @@ def report(args: argparse.Namespace, model: nn.Module, data: Split, history: lis
 
 
 def main(argv: list[str] = sys.argv[1:]) -> None:
-    """Train or go on, and report, or test a checkpoint; an error ends it by SystemExit."""
+    """Train (or resume) and report, or test a checkpoint; errors are raised as SystemExit."""
     try:
         args, path = open_run(argv)
         try:
@@ -461,7 +461,7 @@ def main(argv: list[str] = sys.argv[1:]) -> None:
         # channels_last is faster on a CPU, not on CUDA; on mps it has bugs.
         layout = torch.channels_last if args.device == "cpu" else torch.contiguous_format
         model, history = MODELS[args.model]().to(args.device, memory_format=layout), None
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:  # a dry run's output, deleted afterwards
             args.out = Path(folder) if args.dry_run else args.out
             if not args.evaluate:
                 model.print_model_summary()
@@ -469,7 +469,7 @@ def main(argv: list[str] = sys.argv[1:]) -> None:
                 history = train(args, model, data, path)
             report(args, model, data["test"], history)
     except KeyboardInterrupt:
-        print("\nmnist.py: stopped: the same command with --resume goes on", file=sys.stderr)
+        print("\nmnist.py: stopped: to continue training, add --resume", file=sys.stderr)
         sys.exit(130)
     except (OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"{ERROR} {' '.join(str(error).split())}")

@@ -338,7 +338,7 @@ class TestCheckpoints:
             foreign.append({k: v for k, v in good.items() if k != part})
         for content in foreign:
             torch.save(content, saved[1])
-            with pytest.raises(OSError, match="is damaged, or no checkpoint of this network"):
+            with pytest.raises(OSError, match="is damaged, or not a checkpoint of this network"):
                 mnist.load_checkpoint(saved[1], **new_state()._asdict())
         assert not touched.exists()
 
@@ -585,7 +585,7 @@ class TestCommandLine:
         while run.is_alive() and not Path("out/mnist_model_epoch_2.pth").exists():
             time.sleep(0.02)
         os.kill(run.pid, signal.SIGINT)
-        assert end(run) == 130 and capfd.readouterr().err.endswith("with --resume goes on\n")
+        assert end(run) == 130 and capfd.readouterr().err.endswith("add --resume\n")
 
 
 def pictures_of(digit):
