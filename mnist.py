@@ -367,13 +367,13 @@ def parse_args(argv: list[str], **defaults: object) -> argparse.Namespace:
 def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path | None]:
     """Return the flags, and the checkpoint to test or resume; its flags become the defaults."""
     args = parse_args(argv)
-    names = [path.stem.split("_")[-1] for path in args.out.glob("*mnist_model*.pth")]
-    newest = max((int(name) for name in names if name.isdecimal()), default=None)
-    if not args.evaluate and (args.dry_run or not names):
+    found = {path.stem.split("_")[-1]: path for path in args.out.glob("*mnist_model*.pth")}
+    newest = max(found, key=lambda epoch: int(epoch) if epoch.isdecimal() else 0, default=None)
+    if not args.evaluate and (args.dry_run or not found):
         return args, None
     if not (args.resume or args.evaluate):
         raise SystemExit(f"{ERROR} {args.out} holds a run: add --resume, or choose another --out")
-    path = Path(args.evaluate or args.out / f"mnist_model_epoch_{newest}.pth")
+    path = Path(args.evaluate or found[newest])
     config = load_checkpoint(path)["config"]
     args = parse_args(argv, **config)
     args.out = path.parent

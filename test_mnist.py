@@ -503,17 +503,17 @@ class TestCommandLine:
         shutil.rmtree(data_dir)  # it is said before the data are looked for
         text = "mnist.py: error: out holds a run: add --resume, or choose another --out"
         assert train() == train("--lr", 0.2) == text and before == contents(Path("out"))
-        Path("out/mnist_model_epoch_1.pth").unlink()  # the best alone is one, too
-        assert train() == text
 
     def test_resume_takes_the_settings_of_the_run(self, train, flags, tmp_path, capsys):
-        more = ("--model", "wide", "--lr", 0.01, "--schedule", "step", "--epochs", 1)
-        assert train(*more, "--resume") is None  # begins where there is nothing yet
+        more = "--model wide --lr 0.01 --schedule step --epochs 1 --resume"  # where nothing is yet
+        assert train(*more.split()) is None
         best, before = tmp_path / "out/best_mnist_model.pth", contents(tmp_path)
         for flag in (["--evaluate", best], ["--resume"], ["--resume"]):
             capsys.readouterr()
             assert train(*flag, flags=flags[:6]) is None and before == contents(tmp_path)
             assert Path("out/report.txt").read_text() in capsys.readouterr().out
+        Path("out/mnist_model_epoch_1.pth").unlink()  # as if killed between the two files
+        assert "holds a run" in train() and train("--resume", flags=flags[:6]) is None
 
     def test_resume_names_a_flag_that_differs(self, train):
         train()
