@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "matplotlib"]
 # ///
-"""MNIST in plain PyTorch: 7,954 parameters, 99.57 ± 0.03% (10 seeds, chosen on validation).
+"""MNIST in plain PyTorch: 7,954 parameters, 99.57 ± 0.03% (10 seeds; epoch by validation).
 
     python mnist.py --epochs 15 --device cuda    train, test and report
     python mnist.py --resume                     continue after an interruption
@@ -56,7 +56,7 @@ class ResidualBlock(nn.Module):
 
 
 class Network(nn.Module):
-    """A stack of layers that maps normalized images (N, 1, 28, 28) to logits (N, 10)."""
+    """Layers that map normalized images (N, 1, 28, 28) to logits (N, 10)."""
 
     budget = 0  # if set, there must be fewer parameters
 
@@ -70,7 +70,7 @@ class Network(nn.Module):
     def print_model_summary(self) -> None:
         """Print layers, output shapes and numbers of parameters."""
         x = torch.zeros(1, 1, 28, 28)
-        for layer in copy.deepcopy(self).float().cpu().eval().layers:  # self stays as it is
+        for layer in copy.deepcopy(self).float().cpu().eval().layers:
             x = layer(x)
             names = ", ".join(type(m).__name__ for m in layer.modules() if not list(m.children()))
             count = sum(p.numel() for p in layer.parameters())
@@ -127,23 +127,24 @@ class WideMNISTNet(Network):
 MODELS = {"simple": SimpleMNISTNet, "wide": WideMNISTNet}
 
 # ----------------------------------------------------------------------------------------- Data
-DATASET = datasets.MNIST  # FashionMNIST and KMNIST have files of the same names
+DATASET = datasets.MNIST  # or FashionMNIST, KMNIST
 FILES = [archive.removesuffix(".gz") for archive, _ in DATASET.resources]
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, between 0 and 1
 Split = tuple[Tensor, Tensor]  # images, uint8 (N, 1, 28, 28), and labels, int64 (N,)
 
 
 def load_mnist(data_dir: str | Path = "data") -> list[Split]:
-    """Return training and test set, downloaded if missing; ConnectionError offline."""
-    raw, tensors = Path(data_dir, DATASET.__name__, "raw").expanduser(), []
+    """Return training and test set; ConnectionError when offline without them."""
+    raw = Path(data_dir, DATASET.__name__, "raw").expanduser()
+    tensors = []
     if not all((raw / name).exists() for name in FILES):
         print(f"downloading {DATASET.__name__} to {str(raw)!a}", flush=True)
         raw.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(20)  # seconds; torchvision's download has no timeout
+        socket.setdefaulttimeout(20)  # seconds; torchvision sets none
         try:
             with TemporaryDirectory(dir=raw.parent) as folder:
                 DATASET(folder, download=True)
-                for name in FILES:  # renaming is atomic: nobody ever sees half a file
+                for name in FILES:  # renaming is atomic
                     os.replace(Path(folder, DATASET.__name__, "raw", name), raw / name)
         except (RuntimeError, ConnectionError, TimeoutError, HTTPException) as error:
             raise ConnectionError(" ".join(f"cannot download: {error}".split())) from error
@@ -156,11 +157,11 @@ def load_mnist(data_dir: str | Path = "data") -> list[Split]:
                 raise ValueError("not as many labels as images")
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise OSError(f"{raw / name} is damaged: delete {raw} to download it again") from error
-    return [(images[:, None], labels) for images, labels in (tensors[:2], tensors[2:])]
+    return [(x[:, None], y) for x, y in (tensors[:2], tensors[2:])]
 
 
 def augment(images: Tensor, strength: float = 1.0) -> Tensor:
-    """Distort float images (N, 1, H, W), each differently; not at all at strength 0."""
+    """Distort float images (N, 1, H, W), each differently; strength=0 does not."""
     n, pixel = len(images), 2 / images.shape[-1]  # the grid spans -1 to 1
     turn, grow, skew, right, down = strength * (2 * torch.rand(5, n, device=images.device) - 1)
     angle, scale, shear = turn * math.radians(13), 1 + grow * 0.13, skew * 0.13
@@ -175,7 +176,7 @@ def augment(images: Tensor, strength: float = 1.0) -> Tensor:
 
 
 def draw_digits(n: int, seed: int) -> Split:
-    """Return n distorted digits of a 3x5 font: a stand-in for MNIST offline."""
+    """Return n distorted digits of a 3x5 font, to try the program offline."""
     font = "75557 26227 71747 71717 55711 74717 74757 71222 75757 75717"  # octal rows
     rows = torch.tensor([[int(row) for row in digit] for digit in font.split()])
     pixels = rows[:, None, :, None] >> torch.tensor([2, 1, 0]) & 1  # (10, 1, 5, 3)
@@ -187,10 +188,7 @@ def draw_digits(n: int, seed: int) -> Split:
 
 
 def batches(data: Split, size: int, *, train=False, strength=1.0) -> Iterator[Split]:
-    """Yield normalized images (N <= size, 1, H, W) and labels (N,).
-
-    To train: shuffled, augmented, in full batches. ValueError if too few, or not uint8.
-    """
+    """Yield normalized images (N <= size, 1, H, W), labels (N,); augmented to train."""
     images, labels = data
     n = len(labels)
     if images.dtype != torch.uint8 or n < (size if train else 1):
@@ -205,7 +203,7 @@ def batches(data: Split, size: int, *, train=False, strength=1.0) -> Iterator[Sp
 # ------------------------------------------------------------------------------------- Training
 # The recipe, with the numbers in make_state: chosen on validation images.
 RECIPES = {"simple": {"lr": 0.4, "strength": 1.0}, "wide": {"lr": 0.03, "strength": 1.0}}
-GAMMA = {"step": 0.7, "constant": 1.0}  # what multiplies the learning rate after an epoch
+GAMMA = {"step": 0.7, "constant": 1.0}  # factor on the rate, each epoch
 PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -234,10 +232,10 @@ def make_state(model, lr: float, schedule: str, epochs: int, steps: int, fp16=Fa
 
 
 def train_one_epoch(state: TrainState, loader: Iterable, amp=None, total=0) -> tuple[float, float]:
-    """Train on each batch; return mean loss and accuracy. Draw a bar if total is given."""
+    """Train on each batch; return mean loss and accuracy; with a total, draw a bar."""
     model, optimizer, scheduler, scaler = state
     model.train()
-    loss_sum, correct, seen = 0.0, 0.0, 0  # on the device: .item() would sync every step
+    loss_sum, correct, seen = 0.0, 0.0, 0  # .item() would sync each step
     for step, (x, y) in enumerate(loader, 1):
         with torch.autocast(x.device.type, amp, enabled=amp is not None):
             logits = model(x)
@@ -251,7 +249,7 @@ def train_one_epoch(state: TrainState, loader: Iterable, amp=None, total=0) -> t
         correct += (logits.argmax(1) == y).sum()
         seen += len(y)
         if total and (step % 20 == 0 or step == total):
-            bar = "#" * (8 * step // total)  # all of it fits into 40 columns
+            bar = "#" * (8 * step // total)  # fits 40 columns
             bar = f"[{bar:8}] loss {loss_sum / seen:.4f} accuracy {correct / seen:.2%}"
             print(bar, end="\r", flush=True)
     return float(loss_sum) / seen, float(correct) / seen
@@ -259,7 +257,7 @@ def train_one_epoch(state: TrainState, loader: Iterable, amp=None, total=0) -> t
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Split) -> tuple[float, float, Tensor]:
-    """Return mean loss, accuracy and logits (N, 10), in float32 even with AMP."""
+    """Return mean loss, accuracy and logits (N, 10), all in float32."""
     model.eval()
     logits = torch.cat([model(x) for x, _ in batches(data, 500)])
     accuracy = (logits.argmax(1) == data[1]).sum().item() / len(logits)
@@ -271,12 +269,12 @@ EPOCH, BEST = "mnist_model_epoch_", "best_mnist_model.pth"
 
 
 def write_file(path: Path, content: bytes, new: bool = False) -> None:
-    """Write a whole file or none, even if killed; new=True never replaces one."""
+    """Write a whole file or none; with new=True, never replace one."""
     with TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
         written = Path(folder, path.name)
         written.write_bytes(content)
         try:
-            (os.link if new else os.replace)(written, path)  # a link never replaces a file
+            (os.link if new else os.replace)(written, path)  # a link replaces nothing
         except OSError as error:
             if not new or path.exists():
                 raise OSError(f"cannot write {path}: {error.strerror}") from error
@@ -284,71 +282,68 @@ def write_file(path: Path, content: bytes, new: bool = False) -> None:
 
 
 def save_checkpoint(path: str | Path, history: list, config: dict, new=False, **parts) -> None:
-    """Save the state of model=... and others; history and config of plain values."""
+    """Save the state of model=... and others, with plain history and config."""
     content = {f"{name}_state_dict": part.state_dict() for name, part in parts.items()}
     weights, buffer = content["model_state_dict"], io.BytesIO()
-    weights = {name: weight.contiguous() for name, weight in weights.items()}
+    weights = {k: w.contiguous() for k, w in weights.items()}
     content |= history[-1] | {"model_state_dict": weights, "history": history, "config": config}
     torch.save(content, buffer)
     write_file(Path(path), buffer.getvalue(), new)
 
 
 def load_checkpoint(path: str | Path, **parts: object) -> dict:
-    """Restore model=... and others; OSError if damaged. Executes no code in the file."""
+    """Restore model=... and others, executing no code; OSError if damaged."""
     content = Path(path).read_bytes()
     try:
-        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load verifies no checksum
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if damaged or not all(w.isfinite().all() for w in checkpoint["model_state_dict"].values()):
+        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load skips CRCs
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if damaged or not all(w.isfinite().all() for w in saved["model_state_dict"].values()):
             raise ValueError("checksum, or weights that are no numbers")
         for name, part in parts.items():
-            part.load_state_dict(checkpoint[f"{name}_state_dict"])
+            part.load_state_dict(saved[f"{name}_state_dict"])
     except Exception as error:  # a damaged or foreign file can fail in any way
         raise OSError(f"{path} is damaged, or not a checkpoint of this network") from error
-    return checkpoint
+    return saved
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint of the last epoch, else the best one, if any."""
-    numbers = [path.stem.removeprefix(EPOCH) for path in folder.glob(f"{EPOCH}*.pth")]
-    epochs = [int(number) for number in numbers if number.isdecimal()]
+    """Return the checkpoint of the last epoch, else the best, if any."""
+    numbers = [p.stem.removeprefix(EPOCH) for p in folder.glob(f"{EPOCH}*.pth")]
+    epochs = [int(n) for n in numbers if n.isdecimal() and n == str(int(n))]
     newest = folder / (f"{EPOCH}{max(epochs)}.pth" if epochs else BEST)
     return newest if newest.exists() else None
 
 
 def keep_best(folder: Path, history: list[dict]) -> None:
-    """Copy the checkpoint of the lowest validation loss to the best one."""
+    """Copy the checkpoint of the lowest validation loss to BEST."""
     best = min(range(len(history)), key=lambda i: history[i]["val_loss"]) + 1
     sources = [folder / f"{EPOCH}{best}.pth", folder / BEST, newest_checkpoint(folder)]
-    write_file(folder / BEST, next(path for path in sources if path.exists()).read_bytes())
+    write_file(folder / BEST, next(p for p in sources if p.exists()).read_bytes())
 
 
 # --------------------------------------------------------------------------------------- Report
-SPLITS = ("train", "val", "test")
-
-
 def make_table(history: list[dict]) -> list[str]:
     """Return a header and a row an epoch: * is the best so far, # is 0.2%."""
     lines = ["epoch     lr           train             val            test seconds  val error"]
     for epoch, m in enumerate(history, 1):
         best = all(m["val_loss"] < earlier["val_loss"] for earlier in history[: epoch - 1])
         line = f"{epoch:4}{'*' if best else ' '} {m['lr']:6.4f}"
-        for split in SPLITS:
+        for split in ("train", "val", "test"):
             line += f" {m[split + '_loss']:7.4f} {m[split + '_accuracy']:7.2%}"
         bar = "#" * min(9, round((1 - m["val_accuracy"]) / 0.002))
         lines.append(f"{line} {m['seconds']:7.1f}  {bar}")
     return lines
 
 
-def make_report(metrics: dict) -> str:
-    """Return the result and the confusion matrix of metrics.json as text."""
-    confusion, synthetic = metrics["confusion"], metrics["data"] == "synthetic"
-    note = ", of SYNTHETIC digits, not MNIST" if synthetic else ""
+def make_report(m: dict) -> str:
+    """Return the result and the confusion matrix as text."""
+    note = ", of SYNTHETIC digits, not MNIST" if m["data"] == "synthetic" else ""
+    confusion, labels = m["confusion"], range(len(m["confusion"]))
     lines = [
-        f"{metrics['data']} test accuracy {metrics['test_accuracy']:.2%}{note}",
-        f"{metrics['parameters']:,} parameters, weights of epoch {metrics['best_epoch']}",
-        f"\ntrue  predicted{'':{5 * len(confusion) - 9}}recall",
-        "     " + "".join(f"{label:5}" for label in range(len(confusion))),
+        f"{m['data']} test accuracy {m['test_accuracy']:.2%}{note}",
+        f"{m['parameters']:,} parameters, weights of epoch {m['best_epoch']}",
+        f"\ntrue  predicted{'':{5 * len(labels) - 9}}recall",
+        "     " + "".join(f"{label:5}" for label in labels),
     ]
     for label, row in enumerate(confusion):
         cells = "".join(f"{count or '.':>5}" for count in row)
@@ -356,14 +351,14 @@ def make_report(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-def draw_plot(metrics: dict) -> bytes:
+def draw_plot(history: list[dict]) -> bytes:
     """Return a PNG of loss and accuracy by epoch; needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure, buffer = Figure(figsize=(10, 4), layout="constrained"), io.BytesIO()
-    history, epochs = metrics["history"], range(1, len(metrics["history"]) + 1)
+    epochs = range(1, len(history) + 1)
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split in SPLITS:
+        for split in ("train", "val", "test"):
             axes.plot(epochs, [m[f"{split}_{key}"] for m in history], ".-", label=split)
         axes.set(xlabel="epoch", ylabel=key, xticks=epochs[:: 1 + len(epochs) // 20])
         axes.legend()
@@ -374,15 +369,14 @@ def draw_plot(metrics: dict) -> bytes:
 
 # ------------------------------------------------------------------------------------------ Run
 ERROR = "mnist.py: error:"
-# What defines a run, kept in its checkpoints: choices or type, default, help.
-SETTINGS = {
+SETTINGS = {  # of a run, kept in its checkpoints: choices or type, default, help
     "model": ([*MODELS], "simple", "network (simple)"),
-    "data": (["auto", "mnist", "synthetic"], "mnist", "images; auto: MNIST if possible (auto)"),
+    "data": (["auto", "mnist", "synthetic"], "mnist", "dataset (auto)"),
     "val_size": (int, 5000, "validation images (5000)"),
     "epochs": (int, 15, "training epochs (15)"),
-    "batch_size": (int, 64, "training batch size (64, on CUDA 128)"),
+    "batch_size": (int, 64, "batch size (64, on CUDA 128)"),
     "lr": (float, 0.0, "peak learning rate (0.4, for wide 0.03)"),
-    "schedule": (["onecycle", *GAMMA], "onecycle", "learning rate schedule (onecycle)"),
+    "schedule": (["onecycle", *GAMMA], "onecycle", "schedule of the rate (onecycle)"),
     "seed": (int, 1, "random seed (1)"),
     "amp": (["auto", *PRECISIONS], "off", "mixed precision; auto: on CUDA (auto)"),
 }
@@ -397,39 +391,39 @@ def is_valid(name: str, value: object) -> bool:
 
 
 def read_settings(path: Path) -> dict:
-    """Return the settings in a checkpoint; OSError unless it is of a run."""
-    checkpoint = load_checkpoint(path)
+    """Return a checkpoint's settings; OSError if they are not a run's."""
+    saved = load_checkpoint(path)
     with suppress(Exception):  # a foreign file can fail in any way
-        config, history = checkpoint["config"], checkpoint["history"]
+        config, history = saved["config"], saved["history"]
         valid = config.keys() == SETTINGS.keys() and all(map(is_valid, config, config.values()))
-        if valid and make_table(history) and history[-1].items() <= checkpoint.items():
+        if valid and make_table(history) and history[-1].items() <= saved.items():
             return config
     raise OSError(f"{path} is damaged, or not a checkpoint of this network: {[*SETTINGS]}")
 
 
 def open_run(args: Namespace) -> Path | None:
-    """Fill in the settings; return the checkpoint to test or to resume, if any."""
+    """Fill in the settings; return the checkpoint to test or resume."""
     path = Path(args.evaluate) if args.evaluate else newest_checkpoint(args.out)
     if args.data in (None, "auto") and not path:
         try:
             load_mnist(args.data_dir)
         except ConnectionError as error:
             args.data, line = "synthetic", "!" * 79
-            print(f"{line}\nSYNTHETIC digits, not MNIST: they show that the program runs")
-            print(f"{str(error)[:79]}\nMNIST's files belong in {args.data_dir}/MNIST/raw\n{line}")
+            print(f"{line}\nSYNTHETIC digits, not MNIST: they show that it runs")
+            print(f"{str(error)[:79]}\nMNIST belongs in {args.data_dir}/MNIST/raw\n{line}")
     if args.data == "synthetic" and not args.evaluate:  # in a folder of its own
         args.out /= "synthetic"
         path = newest_checkpoint(args.out)
     if path and not (args.resume or args.evaluate):
         sys.exit(f"{ERROR} {args.out} holds a run: add --resume, or choose another --out")
-    given = {name: value for name, value in vars(args).items() if value not in (None, "auto")}
+    given = {k: v for k, v in vars(args).items() if v not in (None, "auto")}
     saved = read_settings(path) if path else {}
     for name, old in saved.items() if args.resume else ():
         new, endless = given.get(name, old), name == "epochs" and saved["schedule"] in GAMMA
         if new != old and not endless:  # without an end, it can go on for longer
-            text = f"--{name.replace('_', '-')} is {new}, but the run in {args.out} has {old}"
-            sys.exit(f"{ERROR} {text}: leave it out, or choose another --out")
-    settings = {name: default for name, (_, default, _) in SETTINGS.items()}
+            flag = f"--{name.replace('_', '-')}"
+            sys.exit(f"{ERROR} {flag} is {new}, but the run in {args.out} has {old}: leave it out")
+    settings = {name: setting[1] for name, setting in SETTINGS.items()}
     settings["lr"] = RECIPES[args.model or "simple"]["lr"]
     if args.device == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -453,10 +447,10 @@ def get_data(args: Namespace) -> dict[str, Split]:
 
 
 def train(args: Namespace, model: nn.Module, data: dict, path: Path | None) -> list[dict]:
-    """Train the remaining epochs, resuming from path if any; return the history."""
+    """Train the remaining epochs, resuming from path if any; return history."""
     steps, amp, history = len(data["train"][1]) // args.batch_size, PRECISIONS[args.amp], []
     state = make_state(model, args.lr, args.schedule, args.epochs, steps, args.amp == "fp16")
-    parts, config = state._asdict(), {name: getattr(args, name) for name in SETTINGS}
+    parts, config = state._asdict(), {k: getattr(args, k) for k in SETTINGS}
     if path:
         history = load_checkpoint(path, **parts)["history"]
         state.optimizer.param_groups[0]["fused"] = args.device != "mps"
@@ -484,21 +478,21 @@ def train(args: Namespace, model: nn.Module, data: dict, path: Path | None) -> l
 
 def report(args: Namespace, model: nn.Module, test: Split, path: Path, history: list) -> None:
     """Test a checkpoint; print the report and, after a run, save it."""
-    checkpoint = load_checkpoint(path, model=model)
+    best_epoch = load_checkpoint(path, model=model)["epoch"]
     _, accuracy, logits = evaluate(model, test)
-    n, best_epoch = logits.shape[1], len(checkpoint["history"])
+    n = logits.shape[1]
     confusion = (test[1] * n + logits.argmax(1)).bincount(minlength=n * n).view(n, n).tolist()
     metrics = {"data": args.data, "parameters": model.count_parameters(), "history": history}
     metrics |= {"test_accuracy": accuracy, "best_epoch": best_epoch, "confusion": confusion}
-    metrics["config"] = {name: getattr(args, name) for name in SETTINGS}
+    metrics["config"] = {k: getattr(args, k) for k in SETTINGS}
     text = make_report(metrics)
     if args.evaluate:
         return print(text)
     write_file(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
     write_file(args.out / "report.txt", "\n".join([*make_table(history), "", text, ""]).encode())
     try:
-        write_file(args.out / "training_metrics.png", draw_plot(metrics))
-    except Exception as error:  # no matplotlib, or one that cannot draw
+        write_file(args.out / "training_metrics.png", draw_plot(history))
+    except Exception as error:  # none, or it cannot draw
         print(f"no plot: {error}")
     print("\ndry run: everything works" if args.dry_run else f"\n{text}\n\nfiles in {args.out}")
 
@@ -512,12 +506,11 @@ def run(args: Namespace) -> None:
     layout = torch.channels_last if args.device == "cpu" else torch.contiguous_format
     model = MODELS[args.model]().to(args.device, memory_format=layout)
     if not args.evaluate:
-        print(f"{args.data}:", *(f"{len(y):,} {split}" for split, (_, y) in data.items()))
         run = f"{'resuming' if path else 'new run in'} {args.out}"
-        print(f"{args.device}, amp {args.amp}, seed {args.seed}, {run}")
+        print(f"{args.data}, {args.device}, amp {args.amp}, seed {args.seed}, {run}")
         model.print_model_summary()
         args.out.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=args.out).close()  # if nothing can be written, it fails now
+        TemporaryFile(dir=args.out).close()  # fails now if it must
         path, history = args.out / BEST, train(args, model, data, path)
     report(args, model, data["test"], path, history)
 
@@ -530,11 +523,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     for name, (kind, _, text) in SETTINGS.items():
         options = {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": "N"}
         add(f"--{name.replace('_', '-')}", **options, help=text)
-    add("--data-dir", default="data", metavar="DIR", help="dataset root (%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, mps ... (%(default)s)")
+    add("--data-dir", default="data", metavar="DIR", help="dataset root (data)")
+    add("--device", default="auto", help="cpu, cuda, mps ... (auto)")
     add("--out", default="model_checkpoints", metavar="DIR", help="output folder (%(default)s)")
     add("--resume", action="store_true", help="continue (or start) the run in --out")
-    add("--evaluate", metavar="CKPT", help="test a checkpoint instead of training")
+    add("--evaluate", metavar="CKPT", help="test a checkpoint, do not train")
     add("--dry-run", action="store_true", help="run one batch of each phase; write nothing")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
@@ -549,7 +542,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command line, or sys.argv's; SystemExit on failure. It seeds torch."""
+    """Run a command line; SystemExit if it fails. Seeds torch."""
     args = parse_args(argv)
     try:
         with TemporaryDirectory() if args.dry_run else nullcontext(args.out) as folder:
