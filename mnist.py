@@ -134,9 +134,8 @@ Split = tuple[Tensor, Tensor]  # images, uint8 (N, 1, 28, 28), and labels, int64
 
 
 def load_mnist(data_dir: str | Path = "data") -> list[Split]:
-    """Return training and test set; ConnectionError when offline without them."""
-    raw = Path(data_dir, DATASET.__name__, "raw").expanduser()
-    tensors = []
+    """Return training and test set; ConnectionError if offline."""
+    raw, tensors = Path(data_dir, DATASET.__name__, "raw").expanduser(), []
     if not all((raw / name).exists() for name in FILES):
         print(f"downloading {DATASET.__name__} to {str(raw)!a}", flush=True)
         raw.mkdir(parents=True, exist_ok=True)
@@ -154,7 +153,7 @@ def load_mnist(data_dir: str | Path = "data") -> list[Split]:
         for name, kind in zip(FILES, ["image", "label"] * 2, strict=True):
             tensors.append(getattr(datasets.mnist, f"read_{kind}_file")(raw / name))
             if kind == "label" and len(tensors[-1]) != len(tensors[-2]):
-                raise ValueError("not as many labels as images")
+                raise ValueError("labels for other images")
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise OSError(f"{raw / name} is damaged: delete {raw} to download it again") from error
     return [(x[:, None], y) for x, y in (tensors[:2], tensors[2:])]
@@ -192,7 +191,7 @@ def batches(data: Split, size: int, *, train=False, strength=1.0) -> Iterator[Sp
     images, labels = data
     n = len(labels)
     if images.dtype != torch.uint8 or n < (size if train else 1):
-        raise ValueError(f"{n} images of {images.dtype} for batches of {size} uint8")
+        raise ValueError(f"got {n} {images.dtype} images, not {size} of uint8")
     order = torch.randperm(n)[: n // size * size] if train else torch.arange(n)
     for index in order.to(labels.device).split(size):
         x = images[index].float() / 255
@@ -232,7 +231,7 @@ def make_state(model, lr: float, schedule: str, epochs: int, steps: int, fp16=Fa
 
 
 def train_one_epoch(state: TrainState, loader: Iterable, amp=None, total=0) -> tuple[float, float]:
-    """Train on each batch; return mean loss and accuracy; with a total, draw a bar."""
+    """Train; return mean loss and accuracy. With a total of steps, draw a bar."""
     model, optimizer, scheduler, scaler = state
     model.train()
     loss_sum, correct, seen = 0.0, 0.0, 0  # .item() would sync each step
@@ -248,7 +247,7 @@ def train_one_epoch(state: TrainState, loader: Iterable, amp=None, total=0) -> t
         loss_sum += loss.detach() * len(y)
         correct += (logits.argmax(1) == y).sum()
         seen += len(y)
-        if total and (step % 20 == 0 or step == total):
+        if total and getattr(sys.stdout, "isatty", bool)() and (step % 20 == 0 or step == total):
             bar = "#" * (8 * step // total)  # fits 40 columns
             bar = f"[{bar:8}] loss {loss_sum / seen:.4f} accuracy {correct / seen:.2%}"
             print(bar, end="\r", flush=True)
@@ -274,7 +273,7 @@ def write_file(path: Path, content: bytes, new: bool = False) -> None:
         written = Path(folder, path.name)
         written.write_bytes(content)
         try:
-            (os.link if new else os.replace)(written, path)  # a link replaces nothing
+            (os.link if new else os.replace)(written, path)  # links replace nothing
         except OSError as error:
             if not new or path.exists():
                 raise OSError(f"cannot write {path}: {error.strerror}") from error
@@ -298,7 +297,7 @@ def load_checkpoint(path: str | Path, **parts: object) -> dict:
         damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load skips CRCs
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if damaged or not all(w.isfinite().all() for w in saved["model_state_dict"].values()):
-            raise ValueError("checksum, or weights that are no numbers")
+            raise ValueError("checksum, or NaN")
         for name, part in parts.items():
             part.load_state_dict(saved[f"{name}_state_dict"])
     except Exception as error:  # a damaged or foreign file can fail in any way
@@ -362,7 +361,7 @@ def draw_plot(history: list[dict]) -> bytes:
             axes.plot(epochs, [m[f"{split}_{key}"] for m in history], ".-", label=split)
         axes.set(xlabel="epoch", ylabel=key, xticks=epochs[:: 1 + len(epochs) // 20])
         axes.legend()
-    figure.axes[0].set_yscale("log")  # or the first epoch flattens the others
+    figure.axes[0].set_yscale("log")  # epoch 1 is far off
     figure.savefig(buffer, dpi=150)
     return buffer.getvalue()
 
@@ -396,9 +395,10 @@ def read_settings(path: Path) -> dict:
     with suppress(Exception):  # a foreign file can fail in any way
         config, history = saved["config"], saved["history"]
         valid = config.keys() == SETTINGS.keys() and all(map(is_valid, config, config.values()))
+        valid &= all(type(n) in (int, float) for m in history for n in m.values())
         if valid and make_table(history) and history[-1].items() <= saved.items():
             return config
-    raise OSError(f"{path} is damaged, or not a checkpoint of this network: {[*SETTINGS]}")
+    raise OSError(f"{path} is damaged, or not a checkpoint of this network with {[*SETTINGS]}")
 
 
 def open_run(args: Namespace) -> Path | None:
@@ -420,10 +420,10 @@ def open_run(args: Namespace) -> Path | None:
     saved = read_settings(path) if path else {}
     for name, old in saved.items() if args.resume else ():
         new, endless = given.get(name, old), name == "epochs" and saved["schedule"] in GAMMA
-        if new != old and not endless:  # without an end, it can go on for longer
+        if new != old and not endless:  # endless: it can go on
             flag = f"--{name.replace('_', '-')}"
             sys.exit(f"{ERROR} {flag} is {new}, but the run in {args.out} has {old}: leave it out")
-    settings = {name: setting[1] for name, setting in SETTINGS.items()}
+    settings = {name: row[1] for name, row in SETTINGS.items()}
     settings["lr"] = RECIPES[args.model or "simple"]["lr"]
     if args.device == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -454,7 +454,7 @@ def train(args: Namespace, model: nn.Module, data: dict, path: Path | None) -> l
     if path:
         history = load_checkpoint(path, **parts)["history"]
         state.optimizer.param_groups[0]["fused"] = args.device != "mps"
-        keep_best(args.out, history)  # a kill may have come before it
+        keep_best(args.out, history)  # a kill may have come first
     print(*make_table(history), sep="\n", flush=True)
     for epoch in range(len(history) + 1, 2 if args.dry_run else args.epochs + 1):
         # A seed for each epoch: a resumed run draws the same numbers.
@@ -462,8 +462,7 @@ def train(args: Namespace, model: nn.Module, data: dict, path: Path | None) -> l
         start, m = time.perf_counter(), {"epoch": epoch, "lr": state.scheduler.get_last_lr()[0]}
         strength = RECIPES[args.model]["strength"] * (1 - 0.7 * (epoch - 0.5) / args.epochs)
         loader = batches(data["train"], args.batch_size, train=True, strength=strength)
-        bar = steps if getattr(sys.stdout, "isatty", bool)() else 0
-        m["train_loss"], m["train_accuracy"] = train_one_epoch(state, loader, amp, bar)
+        m["train_loss"], m["train_accuracy"] = train_one_epoch(state, loader, amp, steps)
         m["val_loss"], m["val_accuracy"], _ = evaluate(model, data["val"])
         m["test_loss"], m["test_accuracy"], _ = evaluate(model, data["test"])
         m["seconds"] = time.perf_counter() - start
@@ -478,7 +477,7 @@ def train(args: Namespace, model: nn.Module, data: dict, path: Path | None) -> l
 
 def report(args: Namespace, model: nn.Module, test: Split, path: Path, history: list) -> None:
     """Test a checkpoint; print the report and, after a run, save it."""
-    best_epoch = load_checkpoint(path, model=model)["epoch"]
+    best_epoch = len(load_checkpoint(path, model=model)["history"])
     _, accuracy, logits = evaluate(model, test)
     n = logits.shape[1]
     confusion = (test[1] * n + logits.argmax(1)).bincount(minlength=n * n).view(n, n).tolist()
@@ -492,13 +491,13 @@ def report(args: Namespace, model: nn.Module, test: Split, path: Path, history: 
     write_file(args.out / "report.txt", "\n".join([*make_table(history), "", text, ""]).encode())
     try:
         write_file(args.out / "training_metrics.png", draw_plot(history))
-    except Exception as error:  # none, or it cannot draw
+    except Exception as error:  # none, or no display
         print(f"no plot: {error}")
-    print("\ndry run: everything works" if args.dry_run else f"\n{text}\n\nfiles in {args.out}")
+    print("\ndry run: all parts work" if args.dry_run else f"\n{text}\n\nfiles: {str(args.out)!a}")
 
 
 def run(args: Namespace) -> None:
-    """Train or resume a run and report on it, or test a checkpoint."""
+    """Train or resume a run, or test a checkpoint; report."""
     path, history = open_run(args), []
     data = get_data(args)
     torch.manual_seed(args.seed * 10_000 % 2**64)
@@ -506,8 +505,9 @@ def run(args: Namespace) -> None:
     layout = torch.channels_last if args.device == "cpu" else torch.contiguous_format
     model = MODELS[args.model]().to(args.device, memory_format=layout)
     if not args.evaluate:
-        run = f"{'resuming' if path else 'new run in'} {args.out}"
-        print(f"{args.data}, {args.device}, amp {args.amp}, seed {args.seed}, {run}")
+        run = f"{'resuming' if path else 'new run in'} {str(args.out)!a}"
+        print(f"{args.data}:", *(f"{len(y):,} {split}" for split, (_, y) in data.items()))
+        print(f"{args.device}, amp {args.amp}, seed {args.seed}, {run}")
         model.print_model_summary()
         args.out.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=args.out).close()  # fails now if it must
@@ -517,7 +517,7 @@ def run(args: Namespace) -> None:
 
 # --------------------------------------------------------------------------------- Command line
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Parse the flags; settings that are not given are None."""
+    """Parse the flags; settings not given are None."""
     parser = ArgumentParser("mnist.py")
     add = parser.add_argument
     for name, (kind, _, text) in SETTINGS.items():
@@ -527,8 +527,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--device", default="auto", help="cpu, cuda, mps ... (auto)")
     add("--out", default="model_checkpoints", metavar="DIR", help="output folder (%(default)s)")
     add("--resume", action="store_true", help="continue (or start) the run in --out")
-    add("--evaluate", metavar="CKPT", help="test a checkpoint, do not train")
-    add("--dry-run", action="store_true", help="run one batch of each phase; write nothing")
+    add("--evaluate", metavar="CKPT", help="only test a checkpoint")
+    add("--dry-run", action="store_true", help="run one batch of each phase; keep nothing")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         unset = name not in SETTINGS or value in (None, "auto")
@@ -549,7 +549,7 @@ def main(argv: list[str] | None = None) -> None:
             args.out = Path(folder).expanduser()
             run(args)
     except KeyboardInterrupt:
-        print("\nmnist.py: stopped: to continue training, add --resume", file=sys.stderr)
+        print("\nmnist.py: stopped: to continue, add --resume", file=sys.stderr)
         sys.exit(130)
     except (OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"{ERROR} {' '.join(str(error).split())}")
