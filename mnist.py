@@ -395,7 +395,7 @@ def read_settings(path: Path) -> dict:
     with suppress(Exception):  # a foreign file can fail in any way
         config, history = saved["config"], saved["history"]
         valid = config.keys() == SETTINGS.keys() and all(map(is_valid, config, config.values()))
-        valid &= all(type(n) in (int, float) for m in history for n in m.values())
+        valid &= all(type(n) in (int, float) and n >= 0 for m in history for n in m.values())
         if valid and make_table(history) and history[-1].items() <= saved.items():
             return config
     raise OSError(f"{path} is damaged, or not a checkpoint of this network with {[*SETTINGS]}")
@@ -440,7 +440,7 @@ def get_data(args: Namespace) -> dict[str, Split]:
         train, test = load_mnist(args.data_dir)
     n = max(0, len(train[1]) - args.val_size)
     if n < args.batch_size and not args.evaluate:
-        sys.exit(f"{ERROR} --batch-size {args.batch_size}: --val-size leaves {n} images")
+        sys.exit(f"{ERROR} --batch-size {args.batch_size} is over the {n} that --val-size leaves")
     splits = {"train": [t[:n] for t in train], "val": [t[n:] for t in train], "test": test}
     limit = args.batch_size if args.dry_run else None
     return {k: tuple(t[:limit].to(args.device) for t in split) for k, split in splits.items()}

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision>=0.21", "pytest>=8"]
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "matplotlib", "pytest>=8"]
 # ///
 """The specification of mnist.py, section by section.
 
@@ -18,13 +18,14 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.client import IncompleteRead
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -42,128 +43,208 @@ import mnist
 README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
 MNIST_DIR, KILLS = os.environ.get("MNIST_DIR"), int(os.environ.get("MNIST_KILLS", "4"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SPLITS, ERROR = ("train", "val", "test"), "mnist.py: error: "
+HERE, SMALL = "--data-dir data --out out", "--device cpu --lr 0.1 --val-size 90 --batch-size 50"
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forks a process with torch in it")
 torch.set_num_threads(1)  # on tensors as small as these, threads wait for each other
 IMAGES, LABELS = mnist.draw_digits(500, seed=0)
-needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forks a process with torch in it")
 
 
+# ------------------------------------------------------------------------------------- Fixtures
 @pytest.fixture
 def data_dir(tmp_path, monkeypatch):
-    """A small MNIST of printed digits, 400 to train on, 100 to test on; no network; a folder."""
+    """A small MNIST, 400 to train on and 100 to test on, in a new working folder; no network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    raw = tmp_path / "data/MNIST/raw"
+    raw.mkdir(parents=True)
     arrays = (IMAGES[:400, 0], LABELS[:400], IMAGES[400:, 0], LABELS[400:])
-    (raw := tmp_path / "data/MNIST/raw").mkdir(parents=True)
-    for name, array in zip(mnist.FILES, arrays, strict=True):  # IDX: a magic number, sizes, values
+    for name, array in zip(mnist.FILES, arrays, strict=True):
         head = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
         (raw / name).write_bytes(head + array.byte().numpy().tobytes())
-    content = b"".join((raw / name).read_bytes() for name in mnist.FILES)
-    monkeypatch.setattr(mnist, "CRC32", zlib.crc32(content))
     return tmp_path / "data"
 
 
 @pytest.fixture
-def flags(data_dir, monkeypatch):
+def run_small(data_dir, monkeypatch):
+    """Run the command line on the small MNIST, for two epochs; return its exit status or message.
+
+    The clock stands still, so that equal runs have equal files; matplotlib, being slow, is hidden.
+    """
     monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
-    more = "--data-dir data --out out --device cpu --lr 0.1 --val-size 100 --batch-size 50"
-    return [*more.split(), "--epochs", "2"]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    return partial(run_main, HERE, SMALL, "--epochs 2")
 
 
 @pytest.fixture
-def train(flags, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+def saved(tmp_path):
+    """A training state after three steps, and the path of its checkpoint."""
+    state, path = new_state(schedule="onecycle", epochs=2, steps=3), tmp_path / "a.pth"
+    mnist.train_one_epoch(state, mnist.batches((IMAGES[:90], LABELS[:90]), 30))
+    mnist.save_checkpoint(str(path), known_history(1), {"seed": 1}, **state._asdict())
+    return state, path
 
-    def run(*more, flags=flags):
-        try:
-            return mnist.main([*flags, *map(str, more)])
-        except SystemExit as stop:
-            return stop.code
 
-    return run
+# -------------------------------------------------------------------------------------- Helpers
+def run_main(*flags):
+    try:
+        return mnist.main(" ".join(map(str, flags)).split())
+    except SystemExit as stop:
+        return stop.code
+
+
+def settled(flags):
+    args = mnist.parse_args(flags.split())
+    args.out = Path(args.out)
+    mnist.open_run(args)
+    return args
 
 
 def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def same_run(one, other):
-    paths = [max(Path(folder).glob("*epoch_?.pth")) for folder in (one, other)]
-    a, b = (torch.load(path, weights_only=True)["model_state_dict"] for path in paths)
-    return same_bits(a, b) and metrics_of(one) == metrics_of(other)
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def load(path):
+    return torch.load(path, weights_only=True)
 
 
 def metrics_of(out):
     return json.loads(Path(str(out), "metrics.json").read_text(encoding="utf-8"))
 
 
-def new_state(name="simple", lr=0.05, schedule="constant", epochs=1, steps=1, fp16=False, **to):
+def contents(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def new_state(name="simple", lr=0.05, schedule="constant", epochs=1, steps=1, fp16=False, to="cpu"):
     torch.manual_seed(0)
-    model = mnist.MODELS[name]().to(**to or {"device": "cpu"})
-    return mnist.make_state(model, lr, schedule, epochs, steps, fp16)
+    return mnist.make_state(mnist.MODELS[name]().to(to), lr, schedule, epochs, steps, fp16)
 
 
 def leaves(model):
     return [m for m in model.modules() if not list(m.children())]
 
 
+def known_history(epochs):
+    entry = {"lr": 0.4, "seconds": 12.34}
+    for split in SPLITS:
+        entry |= {f"{split}_loss": len(split) / 50, f"{split}_accuracy": 1 - len(split) / 500}
+    return [{"epoch": epoch} | entry for epoch in range(1, epochs + 1)]
+
+
+def start(flags, prepare=lambda: None):
+    def target():
+        prepare()
+        sys.exit(run_main(HERE, SMALL, flags))
+
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    return process
+
+
+def end(process):
+    process.join(60)
+    return process.exitcode  # None if it hangs
+
+
+def die_by_chance(seed):
+    """Arrange to be killed in the midst of a write, or right after a file is in its place."""
+    rng = random.Random(seed)
+
+    def perhaps_after(action):
+        def wrapped(*args):
+            action(*args)
+            if rng.random() < 0.1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return wrapped
+
+    def append(path, content):
+        with path.open("ab") as file:
+            file.write(content)
+
+    def write_bytes(path, content):
+        for part in (content[:9999], content[9999:]):
+            perhaps_after(append)(path, part)
+
+    Path.write_bytes = write_bytes
+    os.replace, os.link = perhaps_after(os.replace), perhaps_after(os.link)
+
+
+# ---------------------------------------------------------------------------------------- Model
 class TestModel:
-    def test_simple_net_has_every_listed_feature(self):
+    @pytest.mark.parametrize("n", [1, 64])
+    def test_both_networks_give_ten_logits(self, n):
+        for network in mnist.MODELS.values():
+            assert network().eval()(torch.randn(n, 1, 28, 28)).shape == (n, 10)
+
+    def test_simple_mnist_net_has_every_listed_feature(self):
         model = mnist.SimpleMNISTNet()
         kinds = [type(m).__name__ for m in leaves(model)]
         convs = [m for m in leaves(model) if isinstance(m, nn.Conv2d)]
         followers = [kinds[i + 1] for i, kind in enumerate(kinds) if kind == "Conv2d"]
         assert followers == ["BatchNorm2d"] * 12 + ["AdaptiveAvgPool2d"]
-        others = {"ReLU", "MaxPool2d", "Dropout", "Flatten"}
-        assert {*kinds} == {"Conv2d", "BatchNorm2d", "AdaptiveAvgPool2d"} | others
-        assert [kinds.count(kind) for kind in ("MaxPool2d", "Dropout")] == [2, 1]
-        assert [type(m) for m in model].count(mnist.ResidualBlock) == 4
+        assert {*kinds} == {*followers, "Conv2d", "ReLU", "MaxPool2d", "Dropout"}
+        assert kinds.count("MaxPool2d") == 2
+        assert [m.p for m in leaves(model) if isinstance(m, nn.Dropout)] == [0.05]
+        assert [type(m) for m in model.layers].count(mnist.ResidualBlock) == 4
         assert [c.padding[0] for c in convs] == [0, 0, 0, 2, 0, 0, *[2, 0] * 3, 0]
-        assert model.count_parameters() == 7954 < 8000
 
-    def test_a_residual_block_adds_its_input(self):
-        block, x = mnist.ResidualBlock(4), torch.randn(2, 4, 6, 6)
-        nn.init.zeros_(block[-1].weight)
-        assert torch.equal(block(x), x.relu())
-
-    def test_wide_net_is_its_list_of_layers(self):
+    def test_wide_mnist_net_is_a_list_of_conv_block_without_norm(self):
         layers = leaves(mnist.WideMNISTNet())
         convs = [m for m in layers if isinstance(m, nn.Conv2d)]
         sizes = [f"{c.in_channels}-{c.out_channels}-{c.kernel_size[0]}" for c in convs]
         assert " ".join(sizes) == "1-32-3 32-64-3 64-128-3 128-32-1 32-64-3 64-128-3 128-10-1"
         names = "".join(type(m).__name__[0] for m in layers)  # Conv2d, ReLU, MaxPool2d, Adaptive...
-        assert names == "CRCRCRMCRCRCRACF" and not any(c.padding[0] or c.bias for c in convs)
+        assert names == "CRCRCRMCRCRCRAC"
+        assert not any(c.padding[0] or c.bias for c in convs)
 
-    def test_summary_lists_layers_and_total_and_changes_nothing(self, capsys):
-        model = mnist.SimpleMNISTNet()
-        model[0].requires_grad_(False)  # frozen parameters count
-        old, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    def test_residual_block_adds_its_input(self):
+        block, x = mnist.ResidualBlock(4), torch.randn(2, 4, 6, 6)
+        nn.init.zeros_(block.branch[-1].weight)
+        assert torch.equal(block(x), x.relu())
+
+    def test_network_counts_parameters_and_knows_its_budget(self, capsys):
+        model = mnist.SimpleMNISTNet().requires_grad_(False)  # frozen ones count
+        assert model.count_parameters() == 7954 < model.budget == 8000
+        for budget, verdict in ((8000, "met"), (7955, "met"), (7954, "EXCEEDED")):
+            model.budget = budget
+            model.print_model_summary()
+            total = f"\nSimpleMNISTNet: 7,954 parameters (budget: {budget:,}): {verdict}\n"
+            assert capsys.readouterr().out.endswith(total)
+        mnist.WideMNISTNet().print_model_summary()
+        assert capsys.readouterr().out.endswith("\nWideMNISTNet: 189,984 parameters\n")
+
+    def test_network_lists_its_layers_and_is_not_changed(self, capsys):
+        model, rng = mnist.SimpleMNISTNet().half(), torch.get_rng_state()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
         model.print_model_summary()
-        *rows, total = capsys.readouterr().out.replace(",", "").splitlines()
-        assert sum(int(row.split()[-1]) for row in rows) == int(total.split()[1]) == 7954
-        assert "ReLU" in rows[0] and "('N' 8 26 26)" in rows[0] and "budget: 8000" in total
-        assert model.training and torch.equal(rng, torch.get_rng_state())
-        assert same_bits(old, model.state_dict())
+        *rows, _ = capsys.readouterr().out.replace(",", "").splitlines()
+        assert sum(int(row.split()[-1]) for row in rows) == 7954
+        assert re.match(r"Conv2d BatchNorm2d ReLU +\('N' 8 26 26\) +88", rows[0])
+        assert model.training
+        assert torch.equal(rng, torch.get_rng_state())
+        assert same_bits(before, model.state_dict())
 
-    def test_layers_can_be_taken_out(self):
-        model = mnist.SimpleMNISTNet()
-        assert model[:-3](torch.randn(2, 1, 28, 28)).shape == (2, 24, 5, 5) and model[10].p == 0.05
+    def test_network_can_be_sliced(self):
+        model, x = mnist.SimpleMNISTNet(), torch.randn(2, 1, 28, 28)
+        assert model.layers[:-2](x).shape == (2, 24, 5, 5)
+        assert model.layers[4].branch[:1](model.layers[:4](x)).shape == (2, 16, 10, 10)
 
     @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16, "wide"])
     def test_one_batch_can_be_overfitted(self, amp):
-        name, lr, amp = ("wide", 0.002, None) if amp == "wide" else ("simple", 0.05, amp)
-        state = new_state(name, lr, fp16=amp == torch.float16, device=DEVICE)
-        data = (IMAGES[:5].to(DEVICE), LABELS[:5].to(DEVICE))
-        mnist.train_one_epoch(state, [*mnist.batches(data, 5)] * 100, amp)
-        loss, accuracy = mnist.train_one_epoch(state, mnist.batches(data, 5), amp)
-        assert loss < 0.1 and accuracy == 1
+        name, lr, n, amp = ("wide", 0.002, 5, None) if amp == "wide" else ("simple", 0.1, 64, amp)
+        state = new_state(name, lr, fp16=amp == torch.float16, to=DEVICE)
+        data = (IMAGES[:n].to(DEVICE), LABELS[:n].to(DEVICE))
+        mnist.train_one_epoch(state, [*mnist.batches(data, n)] * (100 if n == 5 else 40), amp)
+        loss, accuracy = mnist.train_one_epoch(state, mnist.batches(data, n), amp)
+        assert accuracy == 1
+        assert loss < 0.1
 
 
+# ----------------------------------------------------------------------------------------- Data
 class TestData:
-    def test_mnist_is_downloaded_if_missing_by_several_at_once(self, data_dir, monkeypatch):
+    def test_load_mnist_downloads_what_is_missing_for_several_at_once(self, data_dir, monkeypatch):
         sums = []
         for name in mnist.FILES:
             content = gzip.compress((data_dir / "MNIST/raw" / name).read_bytes())
@@ -172,68 +253,130 @@ class TestData:
         Path("new/MNIST/raw").mkdir(parents=True)
         Path("new/MNIST/raw", mnist.FILES[0]).touch()  # one alone does not count
         server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
-        url = f"http://127.0.0.1:{server.server_port}/"
-        monkeypatch.setattr(datasets.MNIST, "mirrors", [url])
+        mirrors = ["http://127.0.0.1:9/", f"http://127.0.0.1:{server.server_port}/"]  # one is down
+        monkeypatch.setattr(datasets.MNIST, "mirrors", mirrors)
         monkeypatch.setattr(datasets.MNIST, "resources", sums)
         with ThreadPoolExecutor() as pool:
             pool.submit(server.serve_forever)
             assert len([*pool.map(mnist.load_mnist, ["new"] * 4)]) == 4
             server.shutdown()
         assert {p.name for p in Path("new").rglob("*") if p.is_file()} == {*mnist.FILES}
-        (images, labels), test = mnist.load_mnist("new")  # now from disk
-        assert torch.equal(images, IMAGES[:400]) and images.dtype == torch.uint8
-        assert torch.equal(labels, LABELS[:400]) and labels.dtype == torch.int64
-        assert torch.equal(test[0], IMAGES[400:]) and torch.equal(test[1], LABELS[400:])
+        train, test = mnist.load_mnist("new")  # now from disk
+        assert (train[0].dtype, train[1].dtype) == (torch.uint8, torch.int64)
+        assert torch.equal(torch.cat([train[0], test[0]]), IMAGES)
+        assert torch.equal(torch.cat([train[1], test[1]]), LABELS)
+
+    @pytest.mark.parametrize("error", [RuntimeError, IncompleteRead, TimeoutError, PermissionError])
+    def test_load_mnist_takes_20_seconds_of_silence_for_no_network(
+        self, tmp_path, monkeypatch, error
+    ):
+        def download(self):
+            limits.append(socket.getdefaulttimeout())
+            raise error(b"")
+
+        limits = []
+        monkeypatch.setattr(datasets.MNIST, "download", download)
+        with pytest.raises(OSError) as caught:  # noqa: PT011
+            mnist.load_mnist(tmp_path)
+        assert isinstance(caught.value, ConnectionError) == (error != PermissionError)
+        assert (limits, socket.getdefaulttimeout()) == ([20], None)
+        assert not contents(tmp_path)
 
     @pytest.mark.parametrize("name", mnist.FILES)
-    def test_damaged_files_are_an_error(self, data_dir, name):
-        path = data_dir / "MNIST/raw" / name
-        whole = path.read_bytes()
-        for content in (whole[:-9], whole + b"?", b"", whole[:99] + b"?" + whole[100:]):
-            path.write_bytes(content)
-            with pytest.raises(OSError, match="MNIST/raw is damaged"):
-                mnist.load_mnist(data_dir)
+    def test_load_mnist_names_a_damaged_or_swapped_file(self, data_dir, name):
+        raw = data_dir / "MNIST/raw"
+        whole, other = ((raw / file).read_bytes() for file in (name, mnist.FILES[name[0] == "t"]))
+        for content in (whole[:-9], whole + b"?", b"", b"\x1f\x8b" + whole[2:], other):
+            if content != whole:
+                (raw / name).write_bytes(content)
+                with pytest.raises(OSError, match="ubyte is damaged: delete"):
+                    mnist.load_mnist(data_dir)
 
-    def test_augment_turns_scales_shears_and_shifts_by_its_limits(self, monkeypatch):
+    @pytest.mark.parametrize("strength", [1, 0.5])
+    @pytest.mark.parametrize("draws", [[1.0] * 5, [0.0] * 5, [0.9, 0.2, 0.7, 0.4, 0.1]])
+    def test_augment_turns_scales_shears_and_shifts_by_its_limits(
+        self, monkeypatch, draws, strength
+    ):
         """Images of their own coordinates show the map: its slopes, and its shift in pixels."""
-        ramp = (torch.arange(28) - 13.5).expand(28, 28)
+        ramp, draw = (torch.arange(28) - 13.5).expand(28, 28), torch.tensor(draws)[:, None]
+        monkeypatch.setattr(torch, "rand", lambda *size, **_: draw.expand(size))
         monkeypatch.setattr(torch, "randn", torch.zeros)  # no elastic field
-        for extreme, k in ((torch.ones, 1), (torch.zeros, -1), (torch.ones, 0.5)):
-            monkeypatch.setattr(torch, "rand", extreme)
-            maps = mnist.augment(torch.stack([ramp, ramp.T])[:, None], abs(k))[:, 0]  # of x and y
-            angle, scale, shear = k * math.radians(13), 1 + k * 0.13, k * 0.13
-            cos, sin = scale * math.cos(angle), scale * math.sin(angle)
-            slopes = [m[i, j] - m[14, 14] for m in maps for i, j in ((14, 15), (15, 14))]
-            expected = [cos, shear * cos - sin, sin, shear * sin + cos]
-            assert [*map(float, slopes)] == pytest.approx(expected, abs=1e-4)
-            middle = maps[:, 13:15, 13:15].mean((1, 2)).tolist()
-            assert middle == pytest.approx([2.6 * k, 2.6 * k], abs=1e-4)
+        maps = mnist.augment(torch.stack([ramp, ramp.T])[:, None], strength)[:, 0]  # of x and y
+        turn, grow, shear, right, down = [strength * (2 * value - 1) for value in draws]
+        angle, scale, shear = math.radians(13) * turn, 1 + 0.13 * grow, 0.13 * shear
+        cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+        slopes = [m[i, j] - m[14, 14] for m in maps for i, j in ((14, 15), (15, 14))]
+        expected = [cos, shear * cos - sin, sin, shear * sin + cos]
+        assert [*map(float, slopes)] == pytest.approx(expected, abs=1e-4)
+        middle = maps[:, 13:15, 13:15].mean((1, 2)).tolist()
+        assert middle == pytest.approx([2.6 * right, 2.6 * down], abs=1e-4)
 
     def test_augment_moves_pixels_by_a_smooth_field(self, monkeypatch):
+        field = torch.zeros(1, 2, 5, 5)
+        field[0, 0, :, 2] = 1  # the middle is moved along x
         monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, 0.5))  # not affine
-        (field := torch.zeros(1, 2, 5, 5))[0, 0, :, 2] = 1  # the middle is moved along x
         monkeypatch.setattr(torch, "randn", lambda *_, **__: field)
         moved = mnist.augment(torch.arange(28.0).expand(1, 1, 28, 28), 0.5) - torch.arange(28)
         assert moved[..., 13].mean() == pytest.approx(0.15, abs=0.01)
-        assert moved[..., 0].abs().max() < 0.01 and moved.diff().abs().max() < 0.05
+        assert moved[..., 0].abs().max() < 0.01
+        assert moved.diff().abs().max() < 0.05
 
-    def test_augment_keeps_shape_range_and_ground_and_differs_per_image(self):
+    @pytest.mark.parametrize("still", ["rand", "randn"])
+    def test_augment_draws_the_map_and_the_field_for_each_image(self, monkeypatch, still):
+        constant = {"rand": lambda *size, **_: torch.full(size, 0.5), "randn": torch.zeros}
+        monkeypatch.setattr(torch, still, constant[still])  # the other one is left
         out = mnist.augment((IMAGES[:1].float() / 255).expand(64, 1, 28, 28))
-        assert out.shape == (64, 1, 28, 28) and out.min() >= 0 and out.max() <= 1
-        assert (out[1:] - out[:1]).abs().amax((1, 2, 3)).min() > 0.1
-        assert mnist.augment(torch.ones(64, 1, 28, 28))[:, 0, 0, 0].min() == 0  # from outside
+        assert (out[1:] - out[:1]).abs().amax((1, 2, 3)).min() > 0.02
+
+    def test_augment_keeps_shape_and_range_and_shifts_by_pixels_at_any_size(self, monkeypatch):
+        out = mnist.augment(torch.ones(64, 1, 40, 40))
+        assert out.shape == (64, 1, 40, 40)
+        assert 0 == out[:, 0, 0, 0].min() <= out.min() <= out.max() <= 1.0001  # black from outside
+        right = torch.tensor([0.5, 0.5, 0.5, 1, 0.5])[:, None]
+        monkeypatch.setattr(torch, "rand", lambda *_, **__: right)
+        monkeypatch.setattr(torch, "randn", torch.zeros)
+        moved = mnist.augment(torch.arange(40.0).expand(1, 1, 40, 40))[0, 0, 9, 9] - 9
+        assert moved.item() == pytest.approx(2.6, abs=1e-3)
+
+    def test_draw_digits_draws_each_digit_in_its_class(self, monkeypatch):
+        glyphs = """
+            ### .#. ### ### #.# ### ### ### ### ###
+            #.# ##. ..# ..# #.# #.. #.. ..# #.# #.#
+            #.# .#. ### ### ### ### ### .#. ### ###
+            #.# .#. #.. ..# ..# ..# #.# .#. #.# ..#
+            ### ### ### ### ..# ### ### .#. ### ###"""
+        monkeypatch.setattr(mnist, "augment", lambda images: images)
+        images, labels = mnist.draw_digits(200, seed=0)
+        small = images[:, 0, 4:24:4, 8:20:4]  # a pixel of the font is 4x4
+        seen = [small[labels == digit][0] for digit in range(10)]
+        rows = [" ".join("".join(".#"[v // 255] for v in d[i]) for d in seen) for i in range(5)]
+        assert rows == [line.strip() for line in glyphs.splitlines()[1:]]
+
+    def test_draw_digits_depends_on_its_seed_alone(self):
+        assert all(map(torch.equal, mnist.draw_digits(500, seed=0), (IMAGES, LABELS)))
+        assert not any(map(torch.equal, mnist.draw_digits(500, seed=1), (IMAGES, LABELS)))
 
     @pytest.mark.parametrize("train", [False, True])
-    def test_batches_are_normalised_and_to_train_on_shuffled_and_full(self, train, monkeypatch):
-        seen = []
-        monkeypatch.setattr(mnist, "augment", lambda x, k: seen.append(x) or x)
+    def test_batches_are_normalized_and_to_train_shuffled_and_full(self, train, monkeypatch):
+        def note(x, strength):
+            augmented.append((x.min() >= 0 and x.max() < 1, strength))
+            return x
+
+        augmented = []
+        monkeypatch.setattr(mnist, "augment", note)
         images = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(100, 1, 28, 28)
-        pairs = [*mnist.batches((images, torch.arange(100)), 30, train)]
+        pairs = [*mnist.batches((images, torch.arange(100)), 30, train=train, strength=0.3)]
         assert [len(y) for _, y in pairs] == [30, 30, 30, 10][: 3 if train else 4]
         x, y = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         assert torch.equal(((x[:, 0, 14, 14] * 0.3081 + 0.1307) * 255).round().long(), y)
-        assert len(y.unique()) == len(y) and torch.equal(y, y.sort()[0]) == (not train)
-        assert len(seen) == (3 if train else 0) and all(0 <= x.min() <= x.max() < 1 for x in seen)
+        assert len(y.unique()) == len(y)
+        assert torch.equal(y, y.sort()[0]) == (not train)
+        assert augmented == ([(True, 0.3)] * 3 if train else [])
+
+    def test_batches_refuse_floats_and_too_few_images(self):
+        for images, train in ((IMAGES / 255, False), (IMAGES[:0], False), (IMAGES[:63], True)):
+            with pytest.raises(ValueError, match="not 64 of uint8"):
+                next(mnist.batches((images, LABELS[: len(images)]), 64, train=train))
 
     @pytest.mark.skipif(not MNIST_DIR, reason="MNIST_DIR does not name a folder with MNIST/raw")
     def test_one_epoch_of_real_mnist_reads_over_98_percent(self, tmp_path):
@@ -242,6 +385,7 @@ class TestData:
         assert metrics_of(tmp_path / "out")["test_accuracy"] > 0.98
 
 
+# ------------------------------------------------------------------------------------- Training
 def rates(schedule, epochs=10, steps=10):
     state = new_state(lr=0.1, schedule=schedule, epochs=epochs, steps=steps)
     for _ in range(epochs * steps):
@@ -253,66 +397,98 @@ def rates(schedule, epochs=10, steps=10):
 
 
 class TestTraining:
-    def test_the_schedules_follow_their_course_in_any_number_of_steps(self):
+    def test_make_state_follows_each_schedule_in_any_number_of_steps(self):
         values = [*rates("onecycle")]
-        assert values[0] == pytest.approx(0.004) and values.index(max(values)) in (19, 20)
-        assert max(values) == pytest.approx(0.1, rel=0.01) and values[-1] < 1e-4
+        assert values[0] == pytest.approx(0.004)
+        assert values.index(max(values)) in (19, 20)
+        assert max(values) == pytest.approx(0.1, rel=0.01)
+        assert values[-1] < 1e-4
         assert [*rates("step")][9::10] == pytest.approx([0.1 * 0.7**epoch for epoch in range(10)])
         assert {*rates("constant")} == {0.1}
         assert all(max(rates("onecycle", epochs=1, steps=n)) <= 0.1 for n in range(1, 13))
-        with pytest.raises(KeyError, match="one_cycle"):
-            new_state(schedule="one_cycle")
 
-    def test_fp16_survives_an_overflow_in_its_first_step(self):
+    def test_make_state_survives_an_overflow_in_the_first_fp16_step(self):
         state, data = new_state("wide", lr=0.01, fp16=True), (IMAGES[:8], LABELS[:8])
         assert [s["momentum_buffer"].any() for s in state.optimizer.state.values()] == [False] * 7
         state.scaler._init_scale = 2.0**40
         loss, _ = mnist.train_one_epoch(state, [*mnist.batches(data, 2)] * 4, torch.float16)
-        assert 1 < state.scaler.get_scale() < 2.0**40 and math.isfinite(loss)
+        assert 1 < state.scaler.get_scale() < 2.0**40
+        assert math.isfinite(loss)
 
-    def test_training_and_evaluate_give_the_mean_loss_and_the_accuracy(self, capsys):
+    def test_train_one_epoch_returns_mean_loss_and_accuracy_of_all_images(self):
+        state, data = new_state("wide", lr=1e-12), (IMAGES[:40], LABELS[:40])
+        parts = [part.split([4] * 9 + [3, 1]) for part in next(mnist.batches(data, 40))]
+        trained = mnist.train_one_epoch(state, zip(*parts, strict=True))  # of unequal batches
+        assert trained == pytest.approx(mnist.evaluate(state.model, data)[:2], rel=1e-4)
+
+    def test_train_one_epoch_draws_a_bar_on_a_terminal_of_40_columns(self, capsys, monkeypatch):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         state, data = new_state("wide", lr=1e-12), (IMAGES[:78], LABELS[:78])
-        trained = mnist.train_one_epoch(state, mnist.batches(data, 2), steps=39)
+        loss, accuracy = mnist.train_one_epoch(state, mnist.batches(data, 2), total=39)
         first, last, _ = capsys.readouterr().out.split("\r")
-        assert re.fullmatch(r"\[#{10} {10}\] 20/39 loss \d\.\d{4} accuracy .+%", first)
-        assert last.startswith(f"[{'#' * 20}] 39/39 loss ")
-        loss, accuracy, logits = mnist.evaluate(state.model, data)
-        assert not state.model.training and logits.is_inference()
-        expected = state.model((IMAGES[:78] / 255 - 0.1307) / 0.3081).detach()
+        assert re.fullmatch(r"\[#### {4}\] loss \d\.\d{4} accuracy \d+\.\d\d%", first)
+        assert last == f"[########] loss {loss:.4f} accuracy {accuracy:.2%}"
+        assert len(last) < 40
+
+    def test_train_one_epoch_draws_no_bar_elsewhere(self, monkeypatch):
+        written = []
+        log = type("Log", (), {"write": lambda _, text: written.append(text), "flush": id})
+        monkeypatch.setattr(sys, "stdout", log())  # as in some notebooks, without isatty
+        mnist.train_one_epoch(new_state(), mnist.batches((IMAGES[:4], LABELS[:4]), 2), total=2)
+        assert written == []
+
+    def test_evaluate_returns_mean_loss_accuracy_and_ordinary_logits(self):
+        model, data = new_state("wide").model, (IMAGES[:78], LABELS[:78])
+        loss, accuracy, logits = mnist.evaluate(model, data)
+        expected = model((IMAGES[:78] / 255 - 0.1307) / 0.3081).detach()
         torch.testing.assert_close(logits, expected, rtol=0, atol=2e-3)
-        means = F.cross_entropy(expected, LABELS[:78]), (expected.argmax(1) == LABELS[:78]) * 1.0
-        assert (loss, accuracy) == pytest.approx([m.mean().item() for m in means], rel=1e-4)
-        assert trained == pytest.approx((loss, accuracy), rel=1e-4)
+        assert loss == pytest.approx(F.cross_entropy(expected, LABELS[:78]).item(), rel=1e-4)
+        assert accuracy == pytest.approx((expected.argmax(1) == LABELS[:78]).float().mean().item())
+        assert not model.training
+        assert not (logits.requires_grad or logits.is_inference())
 
 
-@pytest.fixture
-def saved(tmp_path):
-    state, config = new_state(schedule="onecycle", epochs=2, steps=3), {"model": "simple"}
-    mnist.train_one_epoch(state, mnist.batches((IMAGES[:90], LABELS[:90]), 30))
-    mnist.save_checkpoint(str(tmp_path / "a.pth"), known_history(1), config, **state._asdict())
-    return state, tmp_path / "a.pth"
-
-
+# ---------------------------------------------------------------------------------- Checkpoints
 class TestCheckpoints:
-    def test_a_checkpoint_restores_every_part(self, saved):
+    def test_save_checkpoint_and_load_checkpoint_restore_every_part(self, saved):
         (state, path), other = saved, new_state(schedule="onecycle", epochs=2, steps=3)
-        checkpoint = mnist.load_checkpoint(path, **other._asdict())
-        assert (checkpoint["history"], checkpoint["val_loss"]) == (known_history(1), 0.06)
+        content = mnist.load_checkpoint(path, **other._asdict())
+        assert (content["history"], content["config"]) == (known_history(1), {"seed": 1})
+        assert (content["epoch"], content["val_loss"], content["test_accuracy"]) == (1, 0.06, 0.992)
         assert same_bits(state.model.state_dict(), other.model.state_dict())
         assert state.scheduler.get_last_lr() == other.scheduler.get_last_lr()
         assert same_bits(*(s.optimizer.state_dict()["state"][0] for s in (state, other)))
 
-    def test_a_failed_write_leaves_the_old_file_alone(self, tmp_path, monkeypatch):
+    def test_save_checkpoint_writes_contiguous_weights(self, tmp_path):
+        model = mnist.SimpleMNISTNet().to(memory_format=torch.channels_last)
+        mnist.save_checkpoint(tmp_path / "a.pth", known_history(1), {}, model=model)
+        weights = load(tmp_path / "a.pth")["model_state_dict"]
+        assert all(weight.is_contiguous() for weight in weights.values())
+
+    def test_write_file_leaves_the_old_file_alone_if_it_fails(self, tmp_path, monkeypatch):
         mnist.write_file(tmp_path / "file", b"old")
         monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             mnist.write_file(tmp_path / "file", b"new")
-        assert {*tmp_path.rglob("*")} == {tmp_path / "file"}
-        assert (tmp_path / "file").read_bytes() == b"old"
+        assert contents(tmp_path) == {tmp_path / "file": b"old"}
 
-    def test_damaged_checkpoints_are_refused_or_the_very_same(self, saved):
+    @pytest.mark.parametrize("links", [True, False])
+    def test_write_file_replaces_a_file_unless_it_must_be_new(self, tmp_path, monkeypatch, links):
+        def refuse(*_):
+            raise PermissionError(1, "Operation not permitted")
+
+        path = tmp_path / "file"
+        monkeypatch.setattr(os, "link", os.link if links else refuse)
+        mnist.write_file(path, b"one", new=True)
+        with pytest.raises(OSError, match=f"cannot write {path}"):
+            mnist.write_file(path, b"two", new=True)
+        assert contents(tmp_path) == {path: b"one"}
+        mnist.write_file(path, b"three")
+        assert contents(tmp_path) == {path: b"three"}
+
+    def test_load_checkpoint_refuses_damage_or_restores_the_very_same(self, saved):
         (state, path), rng, refused = saved, random.Random(0), 0
-        whole, good = path.read_bytes(), torch.load(path)["model_state_dict"]
+        whole, good = path.read_bytes(), load(path)["model_state_dict"]
         for i in range(200):
             content = bytearray(whole if i % 3 else whole[: rng.randrange(len(whole))])
             content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -324,316 +500,479 @@ class TestCheckpoints:
             assert same_bits(good, state.model.state_dict())  # or a bit that nobody reads
         assert refused > 150
 
-    def test_foreign_checkpoints_are_refused_and_not_run(self, saved, tmp_path):
-        good, touched = torch.load(saved[1], weights_only=True), tmp_path / "touched"
+    def test_load_checkpoint_refuses_foreign_files_and_does_not_run_them(self, saved, tmp_path):
+        good, touched = load(saved[1]), tmp_path / "touched"
         evil = type("Evil", (), {"__reduce__": lambda _: (Path.touch, (touched,))})()
         weights = good["model_state_dict"]
+        nan = {k: w * math.nan for k, w in weights.items()}
+        fewer = {k: w for k, w in weights.items() if k != "layers.11.bias"}
         foreign = [[], None, "text", evil, mnist.SimpleMNISTNet(), weights, good | {"epoch": evil}]
-        foreign += [{k: v for k, v in good.items() if k != p} for p in {*good} - {*mnist.METRICS}]
+        foreign += [good | {"model_state_dict": w} for w in (nan, fewer, weights | {"more": nan})]
+        foreign += [{k: v for k, v in good.items() if k != p} for p in good if p[-5:] == "_dict"]
         for content in foreign:
             torch.save(content, saved[1])
             with pytest.raises(OSError, match="is damaged, or not a checkpoint of this network"):
                 mnist.load_checkpoint(saved[1], **new_state()._asdict())
         assert not touched.exists()
 
+    def test_newest_checkpoint_takes_whole_names_alone(self, tmp_path):
+        assert mnist.newest_checkpoint(tmp_path / "none") is None
+        for name in ("seed7_best_mnist_model_7", "mnist_model_epoch_7 (1)", "mnist_model_epoch_07"):
+            (tmp_path / f"{name}.pth").touch()
+        assert mnist.newest_checkpoint(tmp_path) is None
+        for name in ("best_mnist_model", "mnist_model_epoch_9", "mnist_model_epoch_10"):
+            (tmp_path / f"{name}.pth").touch()
+            assert mnist.newest_checkpoint(tmp_path) == tmp_path / f"{name}.pth"
 
-def known_history(epochs):
-    entry = {"lr": 0.4, "seconds": 12.34}
-    for split in mnist.SPLITS:
-        entry |= {f"{split}_loss": len(split) / 50, f"{split}_accuracy": 1 - len(split) / 500}
-    return [{"epoch": epoch} | entry for epoch in range(1, epochs + 1)]
+    def test_keep_best_copies_what_is_left_of_the_best(self, tmp_path):
+        history, best = known_history(4), tmp_path / "best_mnist_model.pth"
+        history[1]["val_loss"] = 0.01
+        for n in (4, 2, 1):
+            (tmp_path / f"mnist_model_epoch_{n}.pth").write_text(str(n))
+        mnist.keep_best(tmp_path, history)
+        (tmp_path / "mnist_model_epoch_2.pth").unlink()
+        mnist.keep_best(tmp_path, history)  # it stays
+        assert best.read_text() == "2"
+        best.unlink()
+        mnist.keep_best(tmp_path, history)  # the newest is better than none
+        assert best.read_text() == "4"
 
 
-def known_metrics(epochs):
-    confusion = torch.diag(torch.full((10,), 100))
-    confusion[4, 4], confusion[4, 9], confusion[7, 7] = 70, 30, 0  # 7 is missing
-    metrics = {"parameters": 7954, "data": "mnist", "test_accuracy": 0.97, "best_epoch": 1}
-    return metrics | {"confusion": confusion.tolist(), "history": known_history(epochs)}
-
-
+# --------------------------------------------------------------------------------------- Report
 class TestReport:
-    def test_the_report_of_a_known_run_and_its_width(self):
-        report = mnist.make_report(known_metrics(1)).splitlines()
-        assert report[0] == "mnist test accuracy 97.00% +- 1.11%"
-        cells = "0.1000  99.00%  0.0600  99.40%  0.0800  99.20%"
-        assert report[3:5] == [mnist.HEADER, f"    1 0.4000  {cells}    12.3  ###"]
-        assert "    4    .    .    .    .   70    .    .    .    .   30  70.0%" in report
-        (metrics := known_metrics(100))["history"][0] |= {"val_accuracy": 0.1, "train_loss": 12.3}
-        assert max(map(len, (report := mnist.make_report(metrics)).splitlines())) <= 79
-        assert report.isascii() and "true  predicted" in report
+    def test_make_table_has_a_row_an_epoch_and_marks_the_best_so_far(self):
+        history = known_history(4)
+        for epoch, loss in zip(history, (0.3, 0.2, 0.25, 0.1), strict=True):
+            epoch["val_loss"] = loss
+        header, *rows = mnist.make_table(history)
+        assert header.split() == ["epoch", "lr", *SPLITS, "seconds", "val", "error"]
+        cells = "0.4000  0.1000  99.00%  0.2000  99.40%  0.0800  99.20%    12.3  ###"
+        assert rows[1] == f"   2* {cells}"
+        assert [row[:5] for row in rows] == ["   1*", "   2*", "   3 ", "   4*"]
+        history[0] |= {"val_accuracy": 0.1, "train_loss": 12.3}
+        assert max(map(len, mnist.make_table(history * 30))) <= 79
 
-    def test_a_plot_shows_three_named_curves_of_both_figures(self, monkeypatch):
+    @pytest.mark.parametrize(("classes", "data"), [(5, "synthetic"), (10, "mnist"), (26, "mnist")])
+    def test_make_report_shows_result_and_confusion_of_any_number_of_classes(self, classes, data):
+        confusion = torch.diag(torch.full((classes,), 100))
+        confusion[4, 4], confusion[4, 3], confusion[2, 2] = 70, 30, 0  # no image of class 2
+        metrics = {"parameters": 7954, "data": data, "test_accuracy": 0.9712, "best_epoch": 3}
+        report = mnist.make_report(metrics | {"confusion": confusion.tolist()}).splitlines()
+        note = ", of SYNTHETIC digits, not MNIST" if data == "synthetic" else ""
+        assert report[0] == f"{data} test accuracy 97.12%{note}"
+        assert report[1] == "7,954 parameters, weights of epoch 3"
+        assert report[3] == f"true  predicted{' ' * (5 * classes - 9)}recall"
+        assert report[4].split() == [str(digit) for digit in range(classes)]
+        assert report[9].split() == ["4", *"...", "30", "70", *"." * (classes - 5), "70.0%"]
+        assert (report[7].split()[-1], report[8].split()[-1]) == ("0.0%", "100.0%")
+
+    @pytest.mark.parametrize("epochs", [1, 100])
+    def test_draw_plot_shows_three_named_curves_of_both_figures(self, monkeypatch, epochs):
+        def note(figure, *args, **kwargs):
+            seen.append(figure)
+            save(figure, *args, **kwargs)
+
         figure = pytest.importorskip("matplotlib.figure").Figure
         seen, save = [], figure.savefig
-        note = lambda f, *a, **k: seen.append(f) or save(f, *a, **k)  # noqa: E731
         monkeypatch.setattr(figure, "savefig", note)
-        assert mnist.draw_plot(known_history(9)).startswith(b"\x89PNG")
+        assert mnist.draw_plot(known_history(epochs)).startswith(b"\x89PNG")
+        assert [axes.get_yscale() for axes in seen[0].axes] == ["log", "linear"]
         for axes, key in zip(seen[0].axes, ("loss", "accuracy"), strict=True):
             names = [text.get_text() for text in axes.get_legend().get_texts()]
-            assert (axes.get_xlabel(), axes.get_ylabel(), *names) == ("epoch", key, *mnist.SPLITS)
-            for line, split in zip(axes.lines, mnist.SPLITS, strict=True):
-                values = [entry[f"{split}_{key}"] for entry in known_history(9)]
+            assert (axes.get_xlabel(), axes.get_ylabel(), *names) == ("epoch", key, *SPLITS)
+            assert all(tick == int(tick) for tick in axes.get_xticks())
+            for line, split in zip(axes.lines, SPLITS, strict=True):
+                values = [entry[f"{split}_{key}"] for entry in known_history(epochs)]
                 assert line.get_xydata().tolist() == [[*xy] for xy in enumerate(values, 1)]
 
 
-BAD = "--epochs 0,--epochs x,--batch-size 0,--val-size 0,--lr 0,--lr -1,--amp x,--model x,--data x"
-
-ERRORS = {
-    "--batch-size 301": "leaves 300 images to train on, less than a batch",
-    "--out data/MNIST/raw/t10k-labels-idx1-ubyte": "File exists: .*t10k-labels",
-    "--evaluate missing.pth": "No such file or directory: 'missing.pth'",
-    "--lr 1e9 --schedule constant": "try a lower --lr",
-    "--data-dir empty --data mnist": "Error downloading .* put .*idx3-ubyte.* in empty/MNIST/raw",
-} | ({} if torch.cuda.is_available() else {"--device cuda": "there is no cuda device here"})
-
-
-def start(flags, prepare=lambda: None):
-    target = lambda: (prepare(), sys.exit(mnist.main(flags)))  # noqa: E731
-    (process := multiprocessing.get_context("fork").Process(target=target)).start()
-    return process
+# ------------------------------------------------------------------------------------------ Run
+def mutilated(content, rng):
+    """Return a copy of a checkpoint with one value of a wrong kind, or under another name."""
+    copy = content | {"history": [dict(m) for m in content["history"]]}
+    copy["config"] = dict(content["config"])
+    place = rng.choice([copy, copy["config"], *copy["history"]])
+    key = rng.choice([key for key in place if not key.endswith(("_state_dict", "seed", "epoch"))])
+    wrong = [None, "\x1b[31mred", [], {}, -1, math.nan, "7", torch.ones(2), True]
+    if rng.random() < 0.2:
+        place[f"{key}\x1b"] = place.pop(key)
+    else:
+        place[key] = rng.choice(wrong)
+    return copy
 
 
-def end(process):
-    process.join(60)
-    return process.exitcode  # None if it hangs
+class TestRun:
+    def test_is_valid_knows_choices_and_positive_numbers(self):
+        good = [("model", "wide"), ("epochs", 1), ("lr", 0.1), ("seed", 0), ("seed", -(10**18))]
+        bad = [("model", "tiny"), ("data", "auto"), ("amp", None), ("lr", math.inf), ("lr", 1)]
+        bad += [("epochs", value) for value in (0, 1.0, "1", True, None)]
+        assert all(mnist.is_valid(*setting) for setting in good)
+        assert not any(mnist.is_valid(*setting) for setting in bad)
 
+    def test_read_settings_refuses_whatever_no_run_writes(self, run_small, capsys):
+        assert run_small() is None
+        path, rng = Path("out/mnist_model_epoch_2.pth"), random.Random(1)
+        good = load(path)
+        assert mnist.read_settings(path) == good["config"]
+        cases = [good | {"history": history} for history in (None, [], [{"a": 1}], [{}], "text")]
+        configs = (None, [], {}, good["config"] | {"evaluate": "other.pth"})
+        cases += [good | {"config": config} for config in configs]
+        cases += [mutilated(good, rng) for _ in range(100)]
+        capsys.readouterr()
+        for content in cases:
+            torch.save(content, path)
+            before = contents(".")
+            for flags in ("--resume", f"--evaluate {path}"):
+                message = run_main(HERE, flags)
+                assert re.fullmatch(f"{ERROR}{path} is damaged, or not a checkpoint.*", message)
+                assert message.isprintable()
+            assert contents(".") == before
+        assert capsys.readouterr().out == ""
 
-def live_dangerously(seed):  # to be killed by chance in the midst of a write, or right after one
-    rng, replace = random.Random(seed), os.replace
-    die = lambda: rng.random() < 0.1 and os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    def test_open_run_names_a_flag_that_differs(self, run_small):
+        run_small()
+        clashes = ["lr 0.3 0.1", "batch-size 60 50", "epochs 15 2", "seed 2 1", "model wide simple"]
+        clashes += ["amp bf16 off", "schedule step onecycle", "val-size 91 90"]
+        for flag, new, old in map(str.split, clashes):
+            text = f"{ERROR}--{flag} is {new}, but the run in out has {old}: leave it out"
+            assert run_small(f"--resume --{flag} {new}") == text
 
-    def write_bytes(path, content):
-        for part in (content[:9999], content[9999:]):
-            with path.open("ab") as file:
-                file.write(part)
-            die()
+    def test_open_run_takes_the_settings_of_the_run(self, run_small, capsys):
+        flags = "--model wide --lr 0.01 --schedule step --epochs 1 --seed -5 --resume"
+        assert run_small(flags) is None
+        assert "new run in 'out'" in capsys.readouterr().out
+        before = contents(".")
+        assert run_main(HERE, "--resume --data auto --amp auto") is None
+        assert before == contents(".")
+        printed = capsys.readouterr().out
+        assert "seed -5, resuming 'out'" in printed
+        assert all(line in printed for line in Path("out/report.txt").read_text().split("\n"))
 
-    Path.write_bytes = write_bytes
-    os.replace = lambda old, new: (replace(old, new), die())
+    @pytest.mark.parametrize("schedule", ["step", "constant"])
+    def test_open_run_lets_a_run_without_an_end_go_on_for_longer(self, run_small, schedule):
+        assert run_small(f"--schedule {schedule} --epochs 1") is None
+        assert run_small(f"--schedule {schedule} --epochs 3 --resume") is None
+        assert [m["epoch"] for m in metrics_of("out")["history"]] == [1, 2, 3]
 
+    def test_open_run_never_starts_in_a_folder_that_holds_a_checkpoint(self, run_small, data_dir):
+        Path("out").mkdir()  # an empty one will do, as will one that a failed run left
+        assert "try a lower --lr" in run_small("--lr 1e9")
+        assert run_small("--epochs 1") is None
+        shutil.rmtree(data_dir)  # it is said before the data are looked for
+        text = f"{ERROR}out holds a run: add --resume, or choose another --out"
+        for name in ("report.txt", "mnist_model_epoch_1.pth"):  # the best one alone is a run
+            before = contents("out")
+            assert run_small() == run_small("--lr 0.2") == text
+            assert contents("out") == before
+            Path("out", name).unlink()
 
-class TestCommandLine:
-    @pytest.mark.parametrize("flag", BAD.split(","))
-    def test_bad_flags_are_bad_usage(self, train, flag, capsys):
-        assert train(*flag.split()) == 2 and flag.split()[0] in capsys.readouterr().err
+    def test_open_run_trains_on_synthetic_digits_only_offline(self, run_small, monkeypatch, capsys):
+        def draw(n, seed):
+            drawn.append((n, seed))
+            return IMAGES, LABELS
 
-    def test_defaults(self, monkeypatch):
-        args = mnist.parse_args(["--device", "cpu"])
-        defaults = "simple data 5000 15 64 0.4 onecycle 1 cpu off model_checkpoints False None"
-        assert " ".join(str(v) for k, v in vars(args).items() if k != "data") == f"{defaults} False"
-        assert args.data == "auto" and mnist.parse_args(["--model", "wide"]).lr == 0.03
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-        for bf16, amp in ((True, "bf16"), (False, "fp16")):
-            monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, ok=bf16, **__: ok)
-            args = mnist.parse_args([])
-            assert (args.device, args.batch_size, args.amp) == ("cuda", 128, amp)
+        drawn = []
+        monkeypatch.setattr(mnist, "draw_digits", draw)
+        assert run_small("--data-dir empty") is None
+        assert drawn == [(6000, 0), (1000, 1)]
+        printed = capsys.readouterr().out
+        banner = (
+            r"!{79}\nSYNTHETIC digits, not MNIST.*\ncannot download: .*\n.* in empty/.*\n!{79}\n"
+        )
+        assert re.search(banner, printed)
+        assert "\nsynthetic test accuracy" in printed
+        assert not re.search(".{80}", printed)
+        assert [path.name for path in Path("out").iterdir()] == ["synthetic"]
+        assert "holds a run" in run_small("--data synthetic")
+        assert run_small("--data-dir empty --resume") is None
+        assert run_main("--data-dir empty --out out/synthetic --resume") is None
+        assert run_small() is None  # now it is there
+        assert metrics_of("out")["data"] == "mnist"
+        assert "cannot download" in run_main("--data-dir empty --out out --resume")
 
-    def test_splits_are_the_first_the_next_and_the_test_images(self, flags):
-        data = mnist.get_data(mnist.parse_args(flags))
-        assert not torch.equal(IMAGES, mnist.draw_digits(500, seed=1)[0])
-        images, labels = IMAGES.split([300, 100, 100]), LABELS.split([300, 100, 100])
-        for i, split in enumerate(("train", "val", "test")):
-            assert torch.equal(data[split][0], images[i]) and torch.equal(data[split][1], labels[i])
+    def test_get_data_gives_the_first_the_next_and_the_test_images(self, data_dir):
+        data = mnist.get_data(settled(f"{HERE} {SMALL}"))
+        images, labels = IMAGES.split([310, 90, 100]), LABELS.split([310, 90, 100])
+        for i, split in enumerate(SPLITS):
+            assert torch.equal(data[split][0], images[i])
+            assert torch.equal(data[split][1], labels[i])
 
-    def test_a_run_writes_its_files_and_says_what_it_does(self, train, monkeypatch, capsys):
-        monkeypatch.delitem(sys.modules, "matplotlib.figure")
-        assert train() is None
+    def test_train_measures_each_split_on_its_own_images(self, run_small, monkeypatch):
+        def evaluate(model, data):
+            return len(data[1]), len(data[1]) / 1000, torch.zeros(100, 10)
+
+        monkeypatch.setattr(mnist, "evaluate", evaluate)
+        monkeypatch.setattr(mnist, "train_one_epoch", lambda *_: (310, 0.31))
+        assert run_small("--epochs 1") is None
+        expected = {"epoch": 1, "lr": pytest.approx(0.004), "seconds": 0}
+        for split, n in zip(SPLITS, (310, 90, 100), strict=True):
+            expected |= {f"{split}_loss": n, f"{split}_accuracy": n / 1000}
+        assert metrics_of("out")["history"] == [expected]
+
+    @pytest.mark.parametrize(("best", "losses"), [(4, [3, 2, 2, 1, 1]), (1, [1, 2, 1])])
+    def test_train_keeps_the_epoch_of_the_lowest_validation_loss(
+        self, run_small, monkeypatch, best, losses
+    ):
+        values = iter([value for loss in losses for value in (loss, 9 - loss)])  # val, test
+        results = (torch.zeros(100, 10),)
+        monkeypatch.setattr(mnist, "evaluate", lambda *_: (next(values, 9), 0.5, *results))
+        assert run_small("--epochs", len(losses)) is None
+        content, newest = (
+            load("out/best_mnist_model.pth"),
+            load(mnist.newest_checkpoint(Path("out"))),
+        )
+        assert (content["epoch"], content["val_loss"]) == (best, losses[best - 1])
+        assert [m["val_loss"] for m in newest["history"]] == losses
+        assert metrics_of("out")["best_epoch"] == best
+        assert f"weights of epoch {best}\n" in Path("out/report.txt").read_text()
+
+    def test_train_draws_other_numbers_in_each_epoch_and_fades(self, run_small, monkeypatch):
+        def note(x, strength):
+            sums.append(x.sum().item())
+            strengths.append(strength)
+            return x
+
+        def reseed(n):
+            seeds.append(n)
+            return seed(n)
+
+        sums, strengths, seeds, seed = [], [], [], torch.manual_seed
+        monkeypatch.setattr(mnist, "augment", note)
+        monkeypatch.setattr(torch, "manual_seed", reseed)
+        assert run_small("--epochs 5 --seed 3") is None
+        assert seeds == [*range(30_000, 30_006)]
+        assert strengths[::6] == pytest.approx([0.93, 0.79, 0.65, 0.51, 0.37])
+        assert len({*sums}) == len(sums) == 30
+        rates = [m["lr"] for m in metrics_of("out")["history"]]
+        assert rates[0] == pytest.approx(0.004)
+        assert rates[1] == max(rates) > 0.09 > 3 * rates[4]
+        assert run_small("--epochs 1 --out new --seed", 10**30) is None  # any integer will do
+
+    def test_train_goes_on_from_the_newest_checkpoint_with_the_same_bits(self, run_small, capsys):
+        flags = "--epochs 10 --amp bf16 --resume"
+        assert run_small(flags) is None
+        newest, first = (Path(f"out/mnist_model_epoch_{n}.pth") for n in (10, 1))
+        before, whole, inode = contents("out"), load(newest), first.stat().st_ino
+        newest.write_bytes(newest.read_bytes()[:-9])
+        assert f"{newest} is damaged" in run_small(flags)
+        newest.unlink()
+        Path("out/best_mnist_model.pth").unlink()
+        capsys.readouterr()
+        assert run_small(flags) is None
+        assert capsys.readouterr().out.count("\n   1") == 1  # the table is whole
+        assert same_bits(whole["model_state_dict"], load(newest)["model_state_dict"])
+        assert contents("out").keys() == before.keys()
+        assert before[Path("out/metrics.json")] == Path("out/metrics.json").read_bytes()
+        assert first.stat().st_ino == inode  # not trained again
+
+    def test_train_uses_autocast_channels_last_and_this_devices_sgd(self, run_small, monkeypatch):
+        def note(state, loader, amp, total):
+            weight, group = state.model.layers[1][0].weight, state.optimizer.param_groups[0]
+            layout = weight.is_contiguous(memory_format=torch.channels_last)
+            seen.append((amp, total, layout, group["fused"], state.scaler.is_enabled()))
+            return train_one_epoch(state, loader, amp, total)
+
+        seen, train_one_epoch, path = [], mnist.train_one_epoch, "out/mnist_model_epoch_1.pth"
+        monkeypatch.setattr(mnist, "train_one_epoch", note)
+        assert run_small("--amp bf16 --schedule step --epochs 1") is None
+        content = load(path)
+        content["optimizer_state_dict"]["param_groups"][0]["fused"] = False  # as from an mps
+        torch.save(content, path)
+        assert run_small("--amp bf16 --schedule step --epochs 2 --resume") is None
+        assert run_small("--amp fp16 --epochs 1 --out b") is None
+        assert seen[:2] == [(torch.bfloat16, 6, True, True, False)] * 2
+        assert seen[2:] == [(torch.float16, 6, True, True, True)]
+
+    def test_report_writes_its_files_and_prints_what_it_writes(self, run_small, capsys):
+        assert run_small() is None
         printed, metrics = capsys.readouterr().out, metrics_of("out")
         names = {"mnist_model_epoch_1.pth", "mnist_model_epoch_2.pth", "best_mnist_model.pth"}
-        files = {path.name for path in Path("out").iterdir()} - {"training_metrics.png"}
-        assert files == names | {"metrics.json", "report.txt"}
+        assert {p.name for p in Path("out").iterdir()} == names | {"metrics.json", "report.txt"}
         assert (metrics["parameters"], metrics["data"]) == (7954, "mnist")
-        assert [sum(row) for row in metrics["confusion"]] == LABELS[400:].bincount().tolist()
+        assert metrics["config"] == load("out/best_mnist_model.pth")["config"]
         best = min(metrics["history"], key=lambda m: m["val_loss"])
-        assert metrics["test_accuracy"] == best["test_accuracy"] and len(best) == 9
-        assert Path("out/report.txt").read_text() in printed and not re.search(".{80}", printed)
-        assert "mnist on cpu, amp off, seed 1; 'out'\n" in printed
-        keys = {f"{part}_state_dict" for part in mnist.TrainState._fields}
-        checkpoint = torch.load("out/best_mnist_model.pth", weights_only=True)
-        assert keys | {*mnist.METRICS, "history", "config"} == checkpoint.keys()
-        assert checkpoint["epoch"] == best["epoch"] == metrics["best_epoch"]
-        weight = checkpoint["model_state_dict"]["1.0.weight"]
-        assert weight.is_contiguous(memory_format=torch.channels_last)
-        assert checkpoint["config"] == metrics["config"] and metrics["config"]["lr"] == 0.1
-        assert not train("--amp=bf16", "--out=b")
-        assert metrics_of("b")["history"] != metrics["history"]
+        assert metrics["test_accuracy"] == best["test_accuracy"]
+        table, report = Path("out/report.txt").read_text().split("\n\n", 1)
+        assert printed.count(f"\n{table}\n") == 1  # and not a second time
+        assert printed.endswith(f"\n\n{report}\nfiles: 'out'\n")
+        assert printed.startswith("mnist: 310 train 90 val 100 test\ncpu, amp off, seed 1, new run")
+        assert not re.search(".{80}", printed)
 
-    def test_a_checkpoint_works_with_standard_preprocessing(self, train, data_dir):
-        train("--epochs", 15, "--lr", 0.02)
+    def test_report_counts_true_classes_in_rows(self, run_small, monkeypatch):
+        logits = F.one_hot((LABELS[400:] + 1) % 10, 10).float()  # each one higher
+        monkeypatch.setattr(mnist, "evaluate", lambda model, data: (1, 0.5, logits))
+        assert run_small("--epochs 1") is None
+        counts = LABELS[400:].bincount().diag().roll(1, 1)
+        assert metrics_of("out")["confusion"] == counts.tolist()
+
+    def test_report_of_a_checkpoint_alone_writes_nothing(self, run_small, capsys):
+        assert run_small("--model wide --lr 0.01 --epochs 1") is None
+        report = Path("out/report.txt").read_text().split("\n\n", 1)[1]
+        shutil.copy("out/best_mnist_model.pth", "mine.pth")
+        before = contents(".")
+        capsys.readouterr()
+        flags = "--data-dir data --evaluate mine.pth --val-size 59999 --seed 3 --batch-size 1000"
+        assert run_main(flags) is None
+        assert capsys.readouterr().out == report
+        assert contents(".") == before
+
+    def test_report_draws_the_plot_or_says_why_not(self, run_small, monkeypatch, capsys):
+        pytest.importorskip("matplotlib")
+        assert run_small("--epochs 1 --out without") is None
+        assert "\nno plot: import of matplotlib" in capsys.readouterr().out
+        monkeypatch.delitem(sys.modules, "matplotlib.figure")
+        assert run_small("--epochs 1") is None
+        assert Path("out/training_metrics.png").read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(
+        "flags", ["--model wide --epochs 9", "--resume", "--evaluate best.pth"]
+    )
+    def test_run_with_dry_run_tries_everything_and_leaves_nothing(self, run_small, capsys, flags):
+        run_small("--epochs 1")
+        shutil.copy("out/best_mnist_model.pth", "best.pth")
+        before = contents(".")
+        capsys.readouterr()
+        assert run_small("--dry-run", flags) is None
+        assert ("dry run: all parts work" in capsys.readouterr().out) == ("best" not in flags)
+        assert contents(".") == before
+
+    def test_a_checkpoint_works_with_standard_preprocessing(self, run_small, data_dir):
+        run_small("--epochs 15 --lr 0.02")
         model = mnist.SimpleMNISTNet().eval()
-        content = torch.load("out/best_mnist_model.pth", weights_only=True)
-        model.load_state_dict(content["model_state_dict"])
+        model.load_state_dict(load("out/best_mnist_model.pth")["model_state_dict"])
         normalize = transforms.Normalize((0.1307,), (0.3081,))
         transform = transforms.Compose([transforms.ToTensor(), normalize])
         loader = DataLoader(datasets.MNIST(data_dir, train=False, transform=transform), 32)
         hits = sum((model(x).argmax(1) == y).sum().item() for x, y in loader)
         assert hits / 100 == metrics_of("out")["test_accuracy"] > 0.2
 
-    def test_best_is_the_lowest_validation_loss_and_epochs_differ(self, train, monkeypatch):
-        seen, strengths, seeds, zeros = [], {}, [], torch.zeros(100, 10)
-        reseed = lambda n, do=torch.manual_seed: seeds.append(n) or do(n)  # noqa: E731
-        monkeypatch.setattr(torch, "manual_seed", reseed)
-        note = lambda x, k: strengths.setdefault(k, seen.append(x.sum().item())) or x  # noqa: E731
-        monkeypatch.setattr(mnist, "augment", note)
-        for best, losses in ((5, [1, 3, 2, 4, 2, 4, 1, 5, 0, 5]), (1, [1, 3, 2, 0, 2, 4])):
-            values = iter(losses)  # of val and test in turn
-            monkeypatch.setattr(mnist, "evaluate", lambda *_, v=values: (next(v, 9), 0.5, zeros))
-            assert train("--epochs", len(losses) // 2, "--seed", best, "--out", best) is None
-            metrics = metrics_of(best)
-            assert [epoch["val_loss"] for epoch in metrics["history"]] == losses[::2]
-            assert metrics["best_epoch"] == best
-            assert torch.load(f"{best}/best_mnist_model.pth")["epoch"] == best
-        assert len({*seen}) == 48 and seeds == [*range(50_000, 50_006), *range(10_000, 10_004)]
-        assert [*strengths][:5] == pytest.approx([0.93, 0.79, 0.65, 0.51, 0.37])
-        rates = [epoch["lr"] for epoch in metrics_of(5)["history"]]
-        assert rates[0] == pytest.approx(0.004) and rates[1] == max(rates) > 0.09 > 3 * rates[4]
-
-    def test_dry_run_can_be_tried_again_and_leaves_nothing(self, train, tmp_path, capsys):
-        train("--epochs", 1)
-        before = contents(tmp_path)
-        for flags in (["--seed", 2], ["--model", "wide", "--epochs", 9]):
-            assert train("--dry-run", *flags) is None and contents(tmp_path) == before
-        assert capsys.readouterr().out.count("\ndry run test accuracy") == 2
-
-    def test_a_new_run_never_writes_into_a_folder_with_a_checkpoint(self, train, data_dir):
-        Path("out").mkdir()  # an empty one will do, as will one that a failed run left
-        assert "try a lower" in train("--lr", "1e9") and train("--epochs", 1) is None
-        before = contents(Path("out"))
-        shutil.rmtree(data_dir)  # it is said before the data are looked for
-        text = "mnist.py: error: out holds a run: add --resume, or choose another --out"
-        assert train() == train("--lr", 0.2) == text and before == contents(Path("out"))
-
-    def test_resume_takes_the_settings_of_the_run(self, train, flags, tmp_path, capsys):
-        more = "--model wide --lr 0.01 --schedule step --epochs 1 --resume"  # where nothing is yet
-        assert train(*more.split()) is None
-        best, before = tmp_path / "out/best_mnist_model.pth", contents(tmp_path)
-        for flag in (["--evaluate", best], ["--resume"], ["--resume"]):
-            capsys.readouterr()
-            assert train(*flag, flags=flags[:6]) is None and before == contents(tmp_path)
-            assert Path("out/report.txt").read_text() in capsys.readouterr().out
-        Path("out/mnist_model_epoch_1.pth").unlink()  # as if killed between the two files
-        assert "holds a run" in train() and train("--resume", flags=flags[:6]) is None
-
-    def test_resume_names_a_flag_that_differs(self, train):
-        train()
-        clashes = "--lr 0.3 0.1,--batch-size 60 50,--epochs 4 2,--seed 2 1,--model wide simple"
-        clashes += ",--amp bf16 off,--schedule step onecycle,--val-size 90 100"
-        for flag, new, old in map(str.split, clashes.split(",")):
-            text = f"mnist.py: error: {flag} is {new}, but the run in out has {old}: leave it out"
-            assert train("--resume", flag, new).startswith(text)
-
-    def test_without_onecycle_a_run_can_go_on_for_longer(self, train):
-        more = ("--schedule", "step", "--epochs")
-        assert train(*more, 1) is None and train(*more, 3, "--resume") is None
-        assert [entry["epoch"] for entry in metrics_of("out")["history"]] == [1, 2, 3]
-
-    def test_resume_goes_on_from_the_newest_checkpoint_and_tells_damage(self, train, capsys):
-        train("--epochs", 10)
-        newest, more = Path("out/mnist_model_epoch_10.pth"), ("--epochs", 10, "--resume")
-        report, old = Path("out/report.txt").read_text(), os.stat("out/mnist_model_epoch_1.pth")
-        Path("out/mnist_model_epoch_11 (1).pth").write_bytes(b"not the run's")
-        newest.write_bytes(newest.read_bytes()[:-9])
-        assert f"{newest} is damaged" in train(*more)
-        newest.unlink()
-        capsys.readouterr()
-        assert train(*more) is None and report == Path("out/report.txt").read_text()
-        assert capsys.readouterr().out.count("\n    3 0.0") == 2  # the table is whole
-        assert os.stat("out/mnist_model_epoch_1.pth").st_ino == old.st_ino  # not trained again
-
-    @pytest.mark.parametrize("more", ERRORS)
-    def test_what_cannot_be_done_is_told_in_one_line(self, train, tmp_path, monkeypatch, more):
-        message = train(*more.split())
-        assert re.fullmatch(f"mnist.py: error: .*{ERRORS[more]}.*", message)
-        assert not (tmp_path / "out/metrics.json").exists()
-
-    def test_only_without_a_network_printed_digits_stand_in(self, train, monkeypatch, capsys):
-        seeds, small = [], (IMAGES[:400], LABELS[:400])
-        monkeypatch.setattr(mnist, "draw_digits", lambda n, seed: seeds.append(seed) or small)
-        assert train("--data-dir", "empty") is None and seeds == [0, 1]
-        printed = capsys.readouterr().out
-        assert "!" * 79 + "\nSYNTHETIC: printed digits, not MNIST: Error downloading" in printed
-        assert "\nsynthetic test accuracy" in printed and not contents(Path("empty"))
-        assert [path.name for path in Path("out").iterdir()] == ["synthetic"]
-        assert "holds a run" in train("--data", "synthetic")
-        assert train("--data-dir", "empty", "--resume") is None
-        assert train() is None and metrics_of("out")["data"] == "mnist"  # now it is there
-        full = lambda self: Path(self.root, "a").write_text("a") and os.stat("gone")  # noqa: E731
-        monkeypatch.setattr(datasets.MNIST, "download", full)
-        assert "No such file" in train("--data-dir", "empty", "--out", "third")
-        assert not contents(Path("empty"))
-
     @needs_fork
-    def test_a_run_killed_again_and_again_ends_with_the_same_bits(self, flags):
-        flags += ["--epochs", "3", "--resume", "--out"]
-        assert end(start([*flags, "whole"])) == 0
+    def test_a_run_killed_again_and_again_ends_with_the_same_bits(self, data_dir, monkeypatch):
+        monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+        assert end(start("--epochs 3 --out whole")) == 0
         rng, kills, finished = random.Random(7), 0, True
         while kills < KILLS or not finished:
             if finished:  # a new run takes the rest of the kills
                 shutil.rmtree("killed", ignore_errors=True)
-            status = end(start([*flags, "killed"], partial(live_dangerously, rng.random())))
+            prepare = partial(die_by_chance, rng.random())
+            status = end(start("--epochs 3 --resume --out killed", prepare))
             kills, finished = kills + (status == -9), status == 0
-            [mnist.load_checkpoint(path) for path in Path("killed").glob("*.pth")]
-        assert same_run("whole", "killed")
-        both = [start([*flags, "both"]) for _ in range(2)]  # at once
-        assert [end(process) for process in both] == [0, 0] and same_run("whole", "both")
+            assert all(mnist.load_checkpoint(path) for path in Path("killed").glob("*.pth"))
+        for name in ("mnist_model_epoch_3.pth", "best_mnist_model.pth"):
+            weights = [load(f"{out}/{name}")["model_state_dict"] for out in ("whole", "killed")]
+            assert same_bits(*weights)
+        assert metrics_of("whole") == metrics_of("killed")
 
     @needs_fork
-    def test_ctrl_c_is_told_without_a_traceback(self, flags, capfd):
+    def test_of_two_runs_in_one_folder_one_is_stopped_or_killed(self, data_dir):
+        rng = random.Random(3)
+        for n in range(max(2, KILLS // 2)):
+            one = start(f"--epochs 2 --seed 1 --out both{n}")
+            time.sleep(rng.random() * 0.5)
+            other = start(f"--epochs 2 --seed 2 --out both{n}")
+            assert sorted([end(one), end(other)]) == [0, 1]
+            seeds = {load(path)["config"]["seed"] for path in Path(f"both{n}").glob("*.pth")}
+            assert seeds == {metrics_of(f"both{n}")["config"]["seed"]}
+
+
+# --------------------------------------------------------------------------------- Command line
+BAD = [
+    "--epochs 0",
+    "--epochs x",
+    "--batch-size 0",
+    "--val-size 0",
+    "--lr 0",
+    "--lr -1",
+    "--lr nan",
+]
+BAD += ["--lr inf", "--amp x", "--model x", "--data x", "--seed 1.5", "--out ", "--evaluate "]
+ERRORS = {
+    "--out data/MNIST/raw/t10k-labels-idx1-ubyte": r"\[Errno 17\] File exists: .*t10k-labels.*",
+    "--evaluate missing.pth": r"\[Errno 2\] No such file or directory: 'missing.pth'",
+    "--lr 1e9 --schedule constant": "the loss of epoch 1 is not finite: try a lower --lr",
+    "--data-dir empty --data mnist": "cannot download: .*",
+    "--batch-size 311": "--batch-size 311 is over the 310 that --val-size leaves",
+    "--batch-size 10000000000 --dry-run": "--batch-size 10000000000 is over the 310 .*",
+    "--val-size 400": "--batch-size 50 is over the 0 that --val-size leaves",
+    "--device tpu": "no tpu device available: leave out --device",
+}
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize("flag", BAD)
+    def test_parse_args_refuses_bad_usage_and_names_the_flag(self, flag, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            mnist.parse_args(flag.split(" "))
+        assert flag.split()[0] in capsys.readouterr().err.splitlines()[-1]
+
+    def test_parse_args_and_open_run_fill_in_the_defaults(self, data_dir):
+        args = settled("--device cpu")
+        assert (args.resume, args.evaluate, args.dry_run) == (False, None, False)
+        assert (args.data_dir, str(args.out)) == ("data", "model_checkpoints")
+        settings = ["simple", "mnist", 5000, 15, 64, 0.4, "onecycle", 1, "off"]
+        assert [getattr(args, name) for name in mnist.SETTINGS] == settings
+        assert settled("--model wide").lr == 0.03
+
+    @pytest.mark.parametrize(("bf16", "amp"), [(True, "bf16"), (False, "fp16")])
+    def test_parse_args_and_open_run_find_cuda(self, data_dir, monkeypatch, bf16, amp):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+        args = settled("")
+        assert (args.device, args.batch_size, args.amp) == ("cuda", 128, amp)
+
+    @pytest.mark.parametrize("flags", ERRORS)
+    def test_main_says_what_cannot_be_done_in_one_line(self, run_small, flags):
+        assert re.fullmatch(ERROR + ERRORS[flags], run_small(flags))
+        assert not Path("out/metrics.json").exists()
+
+    def test_main_fails_before_training_where_nothing_can_be_written(self, run_small, monkeypatch):
+        monkeypatch.setattr(mnist, "TemporaryFile", lambda dir: os.stat(dir / "gone"))
+        monkeypatch.setattr(mnist, "train", None)
+        assert run_small() == f"{ERROR}[Errno 2] No such file or directory: 'out/gone'"
+
+    def test_main_needs_a_temporary_folder_for_a_dry_run_alone(self, run_small, monkeypatch):
+        monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+        assert run_small("--epochs 1") is None
+        assert "No such file" in run_small("--dry-run")
+
+    def test_main_reads_sys_argv_when_called_and_lines_are_in_a_log_at_once(self, data_dir):
+        flags = f"{HERE} {SMALL} --epochs 9999".split()
+        command = [sys.executable, mnist.__file__, *flags]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+            lines = iter(run.stdout.readline, "")
+            assert any(line.startswith("epoch ") for line in lines)
+            assert next(lines).startswith("   1*")
+            run.kill()
+
+    @needs_fork
+    def test_main_says_how_to_go_on_after_ctrl_c(self, data_dir, capfd):
         attentive = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-        run = start([*flags, "--epochs", "999"], attentive)
+        run = start("--epochs 999", attentive)
         while run.is_alive() and not Path("out/mnist_model_epoch_2.pth").exists():
             time.sleep(0.02)
         os.kill(run.pid, signal.SIGINT)
-        assert end(run) == 130 and capfd.readouterr().err.endswith("add --resume\n")
+        assert end(run) == 130
+        assert capfd.readouterr().err.endswith("add --resume\n")
 
 
+# --------------------------------------------------------------------------------------- README
 def pictures_of(digit):
-    photo = ImageOps.expand(ImageOps.invert(ink := to_pil_image(digit).resize((280, 280))), 90, 255)
+    ink = to_pil_image(digit).resize((280, 280))
+    photo = ImageOps.expand(ImageOps.invert(ink), 90, 255)
     values, (_, top, _, bottom) = pil_to_tensor(photo)[0].int(), ink.getbbox()
     yield from (photo, ImageOps.invert(photo), ImageOps.expand(photo, 60, 40))  # on a dark table
     yield photo.crop((0, 90 + top, 460, 90 + bottom))  # it touches the border
     yield to_pil_image((values * torch.linspace(0.5, 1, 460)).byte())  # a shadow
     yield Image.fromarray((values * 200).numpy().astype("uint16"))
     yield Image.fromarray((values / 255).numpy())
-    yield from (Image.merge("LA", (ink.point(lambda _, v=v: v), ink)) for v in (0, 255))
+    for level in (0, 255):  # on a transparent ground
+        yield Image.merge("LA", (Image.new("L", ink.size, level), ink))
     for pen in (ImageFilter.MaxFilter(9), ImageFilter.MinFilter(9)):  # thick, thin
         yield ImageOps.expand(ImageOps.invert(ink.filter(pen)), 90, 255)
     yield ImageOps.expand(photo.resize((120, 120)), 300, 255)
     ImageDraw.Draw(photo).ellipse((360, 360, 520, 560), 100)  # a hand
     yield photo
-
-
-class TestTheFileItself:
-    def test_the_recipe_for_many_seeds(self, train, capsys):
-        *loop, code = re.search(r"for seed in (.*?); .*?END\n(.*?)END", README, re.S).groups()
-        for seed in loop[0].split()[:3]:
-            assert train("--seed", seed, "--out", f"runs/{seed}") is None
-        capsys.readouterr()
-        exec(code, {})
-        assert re.fullmatch(r"[\d.]+% ± [\d.]+% \([\d.]+%\)\n", capsys.readouterr().out)
-
-    def test_the_loop_of_the_readme_runs_and_its_diff_applies(self, data_dir, capsys):
-        source = Path(mnist.__file__).read_text(encoding="utf-8")
-        assert all(line in source for line in re.findall("(?m)^-(DATA.*| {4}.*)$", README))
-        code = re.search(r"```python\n(import torch\n.*?)```", README, re.S)[1]
-        exec(code.replace("937", "6"), {})
-        assert capsys.readouterr().out.count("\n") == 4
-
-    def test_predict_sees_a_digit_however_given(self, train, monkeypatch, capsys):
-        train("--out", "model_checkpoints", "--epochs", 1)
-        Image.new("L", (200, 300), 255).save("blank.png")
-        to_pil_image((200 + 8 * torch.randn(300, 300)).byte()).save("grain.png")
-        monkeypatch.setattr(sys, "argv", ["predict.py", "none", "blank.png", "grain.png"])
-        exec(re.search(r"```python\n(import sys.*?)```", README, re.S)[1], names := {})
-        out = capsys.readouterr().out
-        assert "'none': [Errno 2]" in out and out.count("nothing stands out") == 2
-        for image in IMAGES[:5]:
-            seen = torch.cat([names["prepare"](picture) for picture in pictures_of(image)])
-            assert seen.shape[1:] == (28, 28) and seen.max() == 1
-            assert F.cosine_similarity(seen.flatten(1), seen[:1].flatten(1)).min() > 0.8
-            centre = seen[0].sum(0) @ torch.arange(28.0) / seen[0].sum()
-            assert centre.item() == pytest.approx(13.5, abs=0.6)
 
 
 if __name__ == "__main__":
