@@ -10,6 +10,7 @@ MNIST_KILLS=60 python test_mnist.py -k killed      more of what is done by chanc
 
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -47,6 +48,7 @@ SPLITS = ("train", "val", "test")
 HERE = "--data-dir data --out out"
 SMALL = "--device cpu --lr 0.1 --val-size 90 --batch-size 50"
 ERROR = "mnist.py: error: "
+FONT = "75557 26227 71747 71717 55711 74717 74757 71222 75757 75717"  # rows of 3 bits
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks with torch loaded")
 torch.set_num_threads(1)  # on tensors as small as these, threads wait for each other
 IMAGES, LABELS = mnist.draw_digits(500, seed=0)
@@ -78,9 +80,9 @@ def run_small(data_dir, monkeypatch):
 @pytest.fixture
 def saved(tmp_path):
     """A training state after three steps, and the path of its checkpoint."""
-    state = new_state(schedule="onecycle", epochs=2, steps=3)
-    mnist.train_one_epoch(state, mnist.batches((IMAGES[:90], LABELS[:90]), 30))
-    path = tmp_path / "a.pth"
+    state, path = new_state(schedule="onecycle", epochs=2, steps=3), tmp_path / "a.pth"
+    state.model.to(memory_format=torch.channels_last)
+    mnist.train_one_epoch(state, mnist.batches(first(90), 30))
     mnist.save_checkpoint(path, known_history(1), {"seed": 1}, **state._asdict())
     return state, path
 
@@ -113,8 +115,7 @@ def metrics_of(out):
 
 
 def contents(folder):
-    files = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {path: path.read_bytes() for path in files}
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def new_state(name="simple", lr=0.05, schedule="constant", epochs=1, steps=1, fp16=False):
@@ -134,8 +135,7 @@ def leaves(model):
 def known_history(epochs):
     entry = {"lr": 0.4, "seconds": 12.34}
     for split in SPLITS:
-        entry[f"{split}_loss"] = len(split) / 50
-        entry[f"{split}_accuracy"] = 1 - len(split) / 500
+        entry |= {f"{split}_loss": len(split) / 50, f"{split}_accuracy": 1 - len(split) / 500}
     return [{"epoch": epoch} | entry for epoch in range(1, epochs + 1)]
 
 
@@ -184,23 +184,21 @@ class TestModel:
     def test_simple_mnist_net_has_every_listed_feature(self):
         model = mnist.SimpleMNISTNet()
         kinds = [type(m).__name__ for m in leaves(model)]
-        followers = [after for kind, after in zip(kinds, kinds[1:]) if kind == "Conv2d"]
+        followers = [after for kind, after in itertools.pairwise(kinds) if kind == "Conv2d"]
         assert followers == ["BatchNorm2d"] * 12 + ["AdaptiveAvgPool2d"]
         assert {*kinds} == {*followers, "Conv2d", "ReLU", "MaxPool2d", "Dropout"}
-        assert kinds.count("MaxPool2d") == 2
-        assert model.layers[10].p == 0.05
+        assert (kinds.count("MaxPool2d"), model.layers[10].p) == (2, 0.05)
         assert [type(m) for m in model.layers].count(mnist.ResidualBlock) == 4
         paddings = [m.padding[0] for m in leaves(model) if isinstance(m, nn.Conv2d)]
         assert paddings == [0, 0, 0, 2, 0, 0, *[2, 0] * 3, 0]
 
-    def test_wide_mnist_net_is_a_list_of_conv_block_without_norm(self):
+    def test_wide_mnist_net_is_its_list_of_conv_block(self):
         layers = leaves(mnist.WideMNISTNet())
         names = "".join(type(m).__name__[0] for m in layers)
         assert names == "CRCRCRMCRCRCRAC"  # Conv2d, ReLU, MaxPool2d, AdaptiveAvgPool2d
         convs = [m for m in layers if isinstance(m, nn.Conv2d)]
-        sizes = [(c.in_channels, c.out_channels, c.kernel_size[0]) for c in convs]
-        assert sizes[:4] == [(1, 32, 3), (32, 64, 3), (64, 128, 3), (128, 32, 1)]
-        assert sizes[4:] == [(32, 64, 3), (64, 128, 3), (128, 10, 1)]
+        sizes = [f"{c.in_channels}-{c.out_channels}-{c.kernel_size[0]}" for c in convs]
+        assert " ".join(sizes) == "1-32-3 32-64-3 64-128-3 128-32-1 32-64-3 64-128-3 128-10-1"
         assert not any(c.padding[0] or c.bias for c in convs)
 
     def test_residual_block_adds_its_input(self):
@@ -208,27 +206,22 @@ class TestModel:
         nn.init.zeros_(block.branch[-1].weight)
         assert torch.equal(block(x), x.relu())
 
-    def test_network_counts_parameters_and_knows_its_budget(self, capsys):
-        model = mnist.SimpleMNISTNet().requires_grad_(False)  # frozen ones count
-        assert model.count_parameters() == 7954 < model.budget == 8000
+    def test_network_summary_lists_layers_and_checks_the_budget(self, capsys):
+        model, rng = mnist.SimpleMNISTNet(), torch.get_rng_state()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        assert model.requires_grad_(False).count_parameters() == 7954 < model.budget == 8000
         for budget, verdict in ((8000, "met"), (7955, "met"), (7954, "EXCEEDED")):
             model.budget = budget
             model.print_model_summary()
-            total = f"Net: 7,954 parameters (budget: {budget:,}): {verdict}\n"
-            assert capsys.readouterr().out.endswith(total)
-        mnist.WideMNISTNet().print_model_summary()
-        assert capsys.readouterr().out.endswith("Net: 189,984 parameters\n")
-
-    def test_network_lists_its_layers_and_is_not_changed(self, capsys):
-        model, rng = mnist.SimpleMNISTNet(), torch.get_rng_state()
-        before = {k: v.clone() for k, v in model.state_dict().items()}
-        model.print_model_summary()
-        *rows, _ = capsys.readouterr().out.replace(",", "").splitlines()
-        assert sum(int(row.split()[-1]) for row in rows) == 7954
-        assert re.match(r"Conv2d BatchNorm2d ReLU +\('N' 8 26 26\) +88", rows[0])
+            *rows, total = capsys.readouterr().out.splitlines()
+            assert total.endswith(f"Net: 7,954 parameters (budget: {budget:,}): {verdict}")
+        assert re.match(r"Conv2d, BatchNorm2d, ReLU +\('N', 8, 26, 26\) +88", rows[0])
+        assert sum(int(row.split()[-1].replace(",", "")) for row in rows) == 7954
         assert model.training
         assert torch.equal(rng, torch.get_rng_state())
         assert same_bits(before, model.state_dict())
+        mnist.WideMNISTNet().print_model_summary()
+        assert capsys.readouterr().out.endswith("Net: 189,984 parameters\n")
 
     @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16, "wide"])
     def test_one_batch_can_be_overfitted(self, amp):
@@ -266,19 +259,17 @@ class TestData:
         assert torch.equal(torch.cat([images, test[0]]), IMAGES)
         assert torch.equal(torch.cat([labels, test[1]]), LABELS)
 
-    @pytest.mark.parametrize("error", [RuntimeError, IncompleteRead, TimeoutError])
-    def test_load_mnist_knows_a_lost_network_from_a_full_disk(self, tmp_path, monkeypatch, error):
+    def test_load_mnist_knows_no_network_from_no_space(self, tmp_path, monkeypatch):
         def download(self):
             assert socket.getdefaulttimeout() == 20  # seconds
             raise error(b"")
 
         monkeypatch.setattr(datasets.MNIST, "download", download)
-        with pytest.raises(ConnectionError):
-            mnist.load_mnist(tmp_path)
-        assert socket.getdefaulttimeout() is None
-        error = PermissionError
-        with pytest.raises(PermissionError):
-            mnist.load_mnist(tmp_path)
+        for error in (RuntimeError, IncompleteRead, TimeoutError, PermissionError):
+            expected = PermissionError if error is PermissionError else ConnectionError
+            with pytest.raises(expected):
+                mnist.load_mnist(tmp_path)
+            assert socket.getdefaulttimeout() is None
 
     @pytest.mark.parametrize("name", mnist.FILES)
     def test_load_mnist_names_a_damaged_or_swapped_file(self, data_dir, name):
@@ -317,8 +308,7 @@ class TestData:
         ramp = torch.arange(28.0).expand(1, 1, 28, 28)
         moved = mnist.augment(ramp, 0.5) - ramp
         assert moved[..., 13].mean() == pytest.approx(0.15, abs=0.01)
-        assert moved[..., 0].abs().max() < 0.01
-        assert moved.diff().abs().max() < 0.05
+        assert max(moved[..., 0].abs().max(), moved.diff().abs().max()) < 0.05
 
     @pytest.mark.parametrize("still", ["rand", "randn"])
     def test_augment_draws_map_and_field_for_each_image(self, monkeypatch, still):
@@ -326,23 +316,15 @@ class TestData:
         monkeypatch.setattr(torch, still, draws[still])  # the other one is left
         out = mnist.augment((IMAGES[:1].float() / 255).expand(64, 1, 28, 28))
         assert (out[1:] - out[:1]).abs().amax((1, 2, 3)).min() > 0.02
-        out = mnist.augment(torch.ones(64, 1, 28, 28))
-        assert out[:, 0, 0, 0].min() < 0.9  # what comes in from outside is black
+        white = mnist.augment(torch.ones(64, 1, 28, 28))
+        assert white[:, 0, 0, 0].min() < 0.9  # what comes in from outside is black
 
     def test_draw_digits_draws_each_digit_in_its_class(self, monkeypatch):
-        glyphs = """
-            ### .#. ### ### #.# ### ### ### ### ###
-            #.# ##. ..# ..# #.# #.. #.. ..# #.# #.#
-            #.# .#. ### ### ### ### ### .#. ### ###
-            #.# .#. #.. ..# ..# ..# #.# .#. #.# ..#
-            ### ### ### ### ..# ### ### .#. ### ###"""
         monkeypatch.setattr(mnist, "augment", lambda images: images)
         images, labels = mnist.draw_digits(200, seed=0)
-        images = images[:, 0, 4:24:4, 8:20:4]  # a pixel of the font is 4x4
-        for digit in range(10):
-            rows = [line.split()[digit] for line in glyphs.splitlines()[1:]]
-            expected = torch.tensor([[255 * (c == "#") for c in row] for row in rows])
-            assert torch.equal(images[labels == digit][0].long(), expected)
+        rows = images[:, 0, 4:24:4, 8:20:4] // 255 @ torch.tensor([4, 2, 1]).byte()
+        for digit, glyph in enumerate(FONT.split()):
+            assert "".join(map(str, rows[labels == digit][0].tolist())) == glyph
 
     def test_draw_digits_depends_on_its_seed_alone(self):
         assert all(map(torch.equal, mnist.draw_digits(500, 0), (IMAGES, LABELS)))
@@ -401,9 +383,6 @@ class TestTraining:
 
     def test_make_state_survives_an_overflow_in_the_first_fp16_step(self):
         state = new_state("wide", lr=0.01, schedule="onecycle", fp16=True)
-        group = state.optimizer.param_groups[0]
-        assert (group["momentum"], group["nesterov"]) == (0.9, True)
-        assert group["weight_decay"] == 5e-5
         momenta = [s["momentum_buffer"] for s in state.optimizer.state.values()]
         assert not any(momentum.any() for momentum in momenta)
         state.scaler._init_scale = 2.0**40
@@ -411,7 +390,9 @@ class TestTraining:
         loss, _ = mnist.train_one_epoch(state, batches, torch.float16)
         assert 1 < state.scaler.get_scale() < 2.0**40
         assert math.isfinite(loss)
-        assert group["momentum"] == 0.9  # it does not cycle
+        group = state.optimizer.param_groups[0]
+        recipe = (group["momentum"], group["nesterov"], group["weight_decay"])
+        assert recipe == (0.9, True, 5e-5)
 
     def test_train_one_epoch_returns_the_means_over_all_images(self):
         state = new_state("wide", lr=1e-12)
@@ -451,13 +432,8 @@ class TestCheckpoints:
         assert (content["epoch"], content["val_loss"]) == (1, 0.06)
         assert same_bits(state.model.state_dict(), other.model.state_dict())
         assert state.scheduler.get_last_lr() == other.scheduler.get_last_lr()
-        momenta = [s.optimizer.state_dict()["state"][0] for s in (state, other)]
-        assert same_bits(*momenta)
-
-    def test_save_checkpoint_writes_contiguous_weights(self, saved, tmp_path):
-        model = saved[0].model.to(memory_format=torch.channels_last)
-        mnist.save_checkpoint(saved[1], known_history(1), {}, model=model)
-        assert all(weight.is_contiguous() for weight in weights_of(saved[1]).values())
+        assert same_bits(*(s.optimizer.state_dict()["state"][0] for s in (state, other)))
+        assert all(weight.is_contiguous() for weight in weights_of(path).values())
 
     @pytest.mark.parametrize("links", [True, False])
     def test_write_file_replaces_a_whole_file_or_none(self, tmp_path, monkeypatch, links):
@@ -494,11 +470,10 @@ class TestCheckpoints:
         weights = good["model_state_dict"]
         nan = {k: w * math.nan for k, w in weights.items()}
         fewer = {k: w for k, w in weights.items() if k != "layers.11.bias"}
-        foreign = [[], None, "text", evil, weights, good | {"epoch": evil}]
-        for other in (nan, fewer, weights | {"more": nan}):
-            foreign.append(good | {"model_state_dict": other})
-        foreign += [{k: v for k, v in good.items() if k != part} for part in [*good][:4]]
-        for content in foreign:
+        foreign = [[], "text", evil, weights, good | {"epoch": evil}]
+        foreign += [good | {"model_state_dict": w} for w in (nan, fewer, weights | {"x": evil})]
+        foreign += [good | {part: None} for part in good if part.endswith("_state_dict")]
+        for content in foreign[:-1]:  # the last one, of the scaler, is idle
             torch.save(content, saved[1])
             with pytest.raises(OSError, match="damaged, or not a checkpoint of this network"):
                 mnist.load_checkpoint(saved[1], **new_state()._asdict())
@@ -540,34 +515,32 @@ class TestReport:
         history[0] |= {"val_accuracy": 0.1, "train_loss": 12.3}
         assert max(map(len, mnist.make_table(history * 30))) <= 79
 
-    @pytest.mark.parametrize("n", [5, 10, 26])
+    @pytest.mark.parametrize("n", [5, 26])
     def test_make_report_shows_result_and_confusion_of_n_classes(self, n):
         confusion = torch.diag(torch.full((n,), 100))
         confusion[4, 4], confusion[4, 3], confusion[2, 2] = 70, 30, 0
         metrics = {"parameters": 7954, "test_accuracy": 0.9712, "best_epoch": 3}
         metrics |= {"data": "synthetic", "confusion": confusion.tolist()}
         report = mnist.make_report(metrics).splitlines()
-        assert report[0].endswith("accuracy 97.12%, of SYNTHETIC digits, not MNIST")
+        assert report[0] == "synthetic test accuracy 97.12%, of SYNTHETIC digits, not MNIST"
         assert report[1] == "7,954 parameters, weights of epoch 3"
         assert report[4].split() == [str(digit) for digit in range(n)]
         assert report[9].split() == ["4", *"...", "30", "70", *"." * (n - 5), "70.0%"]
         assert report[7].endswith(" 0.0%")  # no image of class 2
         assert {len(line) for line in report[5:]} == {len(report[3])} == {5 * n + 12}
-        metrics["data"] = "mnist"
-        assert mnist.make_report(metrics).startswith("mnist test accuracy 97.12%\n")
 
     @pytest.mark.parametrize("epochs", [1, 100])
     def test_draw_plot_shows_three_curves_of_both_figures(self, monkeypatch, epochs):
         figure = pytest.importorskip("matplotlib.figure").Figure
         seen, save, history = [], figure.savefig, known_history(epochs)
-        note = lambda fig, *a, **k: seen.append(fig) or save(fig, *a, **k)  # noqa: E731
-        monkeypatch.setattr(figure, "savefig", note)
+        monkeypatch.setattr(
+            figure, "savefig", lambda f, *a, **k: seen.append(f) or save(f, *a, **k)
+        )
         assert mnist.draw_plot(history).startswith(b"\x89PNG")
         assert [axes.get_yscale() for axes in seen[0].axes] == ["log", "linear"]
         for axes, key in zip(seen[0].axes, ("loss", "accuracy"), strict=True):
-            assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", key)
             names = [text.get_text() for text in axes.get_legend().get_texts()]
-            assert names == [*SPLITS]
+            assert (axes.get_xlabel(), axes.get_ylabel(), *names) == ("epoch", key, *SPLITS)
             assert all(tick == int(tick) for tick in axes.get_xticks())
             curves = [[m[f"{split}_{key}"] for m in history] for split in SPLITS]
             assert [line.get_ydata().tolist() for line in axes.lines] == curves
@@ -608,7 +581,7 @@ class TestRun:
             assert run_main(HERE, f"--resume --{flag} {new}") == ERROR + text
 
     def test_open_run_takes_the_settings_of_the_run(self, run_small, capsys):
-        flags = "--model wide --lr 0.01 --schedule step --epochs 1 --seed 5 --resume"
+        flags = "--model wide --lr 0.01 --schedule constant --epochs 1 --seed 5 --resume"
         assert run_small(flags) is None
         assert "new run in 'out'" in capsys.readouterr().out
         before, report = contents("."), Path("out/report.txt").read_text()
@@ -617,12 +590,6 @@ class TestRun:
         printed = capsys.readouterr().out
         assert "seed 5, resuming 'out'" in printed
         assert all(line in printed for line in report.split("\n"))
-
-    @pytest.mark.parametrize("schedule", ["step", "constant"])
-    def test_open_run_lets_an_endless_schedule_go_on(self, run_small, schedule):
-        assert run_small(f"--schedule {schedule} --epochs 1") is None
-        assert run_small(f"--schedule {schedule} --epochs 3 --resume") is None
-        assert [m["epoch"] for m in metrics_of("out")["history"]] == [1, 2, 3]
 
     def test_open_run_never_starts_where_a_checkpoint_is(self, run_small, data_dir):
         Path("out").mkdir()  # an empty folder will do, or that of a failed run
@@ -638,8 +605,7 @@ class TestRun:
 
     def test_open_run_takes_synthetic_digits_offline(self, run_small, monkeypatch, capsys):
         drawn, data = [], (IMAGES, LABELS)
-        draw = lambda n, seed: drawn.append((n, seed)) or data  # noqa: E731
-        monkeypatch.setattr(mnist, "draw_digits", draw)
+        monkeypatch.setattr(mnist, "draw_digits", lambda n, seed: drawn.append((n, seed)) or data)
         assert run_small("--epochs 1 --data-dir empty") is None
         assert drawn == [(6000, 0), (1000, 1)]
         printed = capsys.readouterr().out
@@ -703,9 +669,8 @@ class TestRun:
     def test_train_goes_on_with_the_same_bits(self, run_small, capsys):
         flags = "--epochs 10 --amp bf16 --resume"
         assert run_small(flags) is None
-        newest, oldest = (Path(f"out/mnist_model_epoch_{n}.pth") for n in (10, 1))
-        before, inode = contents("out"), oldest.stat().st_ino
-        whole = weights_of(newest)
+        newest, metrics = Path("out/mnist_model_epoch_10.pth"), Path("out/metrics.json")
+        before, whole = metrics.read_bytes(), weights_of(newest)
         newest.write_bytes(newest.read_bytes()[:-9])
         assert f"{newest} is damaged" in run_small(flags)
         newest.unlink()
@@ -714,11 +679,9 @@ class TestRun:
         assert run_small(flags) is None
         assert capsys.readouterr().out.count("\n   1") == 1  # the table is whole
         assert same_bits(whole, weights_of(newest))
-        metrics = Path("out/metrics.json")
-        assert before[metrics] == metrics.read_bytes()
-        assert oldest.stat().st_ino == inode  # not trained again
+        assert before == metrics.read_bytes()
 
-    def test_train_uses_autocast_channels_last_and_its_own_sgd(self, run_small, monkeypatch):
+    def test_train_goes_on_with_its_own_sgd_if_without_an_end(self, run_small, monkeypatch):
         def note(state, loader, amp, total):
             weight = state.model.layers[1][0].weight
             layout = weight.is_contiguous(memory_format=torch.channels_last)
@@ -733,9 +696,7 @@ class TestRun:
         content["optimizer_state_dict"]["param_groups"][0]["fused"] = False
         torch.save(content, "out/mnist_model_epoch_1.pth")  # as if from an mps
         assert run_small("--amp fp16 --schedule step --epochs 2 --resume") is None
-        assert run_small("--amp bf16 --epochs 1 --out b") is None
-        assert seen[:2] == [(torch.float16, 6, True, True, True)] * 2
-        assert seen[2:] == [(torch.bfloat16, 6, True, True, False)]
+        assert seen == [(torch.float16, 6, True, True, True)] * 2
 
     def test_report_writes_its_files_and_prints_what_it_writes(self, run_small, capsys):
         assert run_small("--epochs 1") is None
@@ -796,8 +757,7 @@ class TestRun:
             kills, finished = kills + (status == -9), status == 0
             assert all(map(mnist.load_checkpoint, Path("killed").glob("*.pth")))
         for name in ("mnist_model_epoch_3.pth", "best_mnist_model.pth"):
-            paths = (f"whole/{name}", f"killed/{name}")
-            assert same_bits(*map(weights_of, paths))
+            assert same_bits(weights_of(f"whole/{name}"), weights_of(f"killed/{name}"))
         assert metrics_of("whole") == metrics_of("killed")
 
     @linux
