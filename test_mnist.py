@@ -9,7 +9,6 @@ MNIST_KILLS=60 python test_mnist.py -k killed      more of what is done by chanc
 """
 
 import gzip
-import hashlib
 import itertools
 import json
 import math
@@ -33,14 +32,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import nn
 from torchvision import datasets, transforms
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import mnist
 
-README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
 MNIST_DIR, KILLS = os.environ.get("MNIST_DIR"), int(os.environ.get("MNIST_KILLS", "4"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPLITS, ERROR = ("train", "val", "test"), "mnist.py: error: "
@@ -185,9 +181,10 @@ class TestModel:
         names = "".join(type(m).__name__[0] for m in layers)
         assert names == "CRCRCRMCRCRCRAC"  # Conv2d, ReLU, MaxPool2d, AdaptiveAvgPool2d
         convs = [m for m in layers if isinstance(m, nn.Conv2d)]
-        sizes = [f"{c.in_channels}-{c.out_channels}-{c.kernel_size[0]}" for c in convs]
-        assert " ".join(sizes) == "1-32-3 32-64-3 64-128-3 128-32-1 32-64-3 64-128-3 128-10-1"
-        assert not any(c.padding[0] or c.bias for c in convs)
+        sizes = [(c.out_channels, c.kernel_size[0], c.padding[0], c.bias) for c in convs]
+        assert [size[2:] for size in sizes] == [(0, None)] * 7
+        widths = [(32, 3), (64, 3), (128, 3), (32, 1), (64, 3), (128, 3), (10, 1)]
+        assert [size[:2] for size in sizes] == widths
 
     def test_residual_block_adds_its_input(self):
         block, x = mnist.ResidualBlock(4), torch.randn(2, 4, 6, 6)
@@ -195,21 +192,21 @@ class TestModel:
         assert torch.equal(block(x), x.relu())
 
     def test_network_summary_lists_layers_and_checks_the_budget(self, capsys):
-        model, rng = mnist.SimpleMNISTNet(), torch.get_rng_state()
+        model, rng = mnist.SimpleMNISTNet().requires_grad_(False), torch.get_rng_state()
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        assert model.requires_grad_(False).count_parameters() == 7954 < model.budget == 8000
+        assert model.count_parameters() == 7954 < model.budget == 8000
         for budget, verdict in ((8000, "met"), (7955, "met"), (7954, "EXCEEDED")):
             model.budget = budget
             model.print_model_summary()
-            *rows, total = capsys.readouterr().out.splitlines()
-            assert total.endswith(f"Net: 7,954 parameters (budget: {budget:,}): {verdict}")
-        assert re.match(r"Conv2d, BatchNorm2d, ReLU +\('N', 8, 26, 26\) +88", rows[0])
-        assert sum(int(row.split()[-1].replace(",", "")) for row in rows) == 7954
+            row, *rows, total = capsys.readouterr().out.replace(",", "").splitlines()
+            assert total == f"SimpleMNISTNet: 7954 parameters (budget: {budget}): {verdict}"
+        assert re.fullmatch(r"Conv2d BatchNorm2d ReLU +\('N' 8 26 26\) +88", row)
+        assert 88 + sum(int(row.split()[-1]) for row in rows) == 7954
         assert model.training
         assert torch.equal(rng, torch.get_rng_state())
         assert same_bits(before, model.state_dict())
         mnist.WideMNISTNet().print_model_summary()
-        assert capsys.readouterr().out.endswith("Net: 189,984 parameters\n")
+        assert capsys.readouterr().out.endswith("\nWideMNISTNet: 189,984 parameters\n")
 
     @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16, "wide"])
     def test_one_batch_can_be_overfitted(self, amp):
@@ -226,24 +223,23 @@ class TestModel:
 # ----------------------------------------------------------------------------------------- Data
 class TestData:
     def test_load_mnist_downloads_for_several_at_once(self, data_dir, monkeypatch):
-        sums = []
         for name in mnist.FILES:
-            content = gzip.compress((data_dir / "MNIST/raw" / name).read_bytes())
-            Path(f"{name}.gz").write_bytes(content)
-            sums.append((f"{name}.gz", hashlib.md5(content).hexdigest()))
+            content = (data_dir / "MNIST/raw" / name).read_bytes()
+            Path(f"{name}.gz").write_bytes(gzip.compress(content))
         Path("new/MNIST/raw").mkdir(parents=True)
         Path("new/MNIST/raw", mnist.FILES[0]).touch()  # one alone does not count
         server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
         datasets.MNIST.mirrors.append(f"http://127.0.0.1:{server.server_port}/")
-        monkeypatch.setattr(datasets.MNIST, "resources", sums)
+        resources = [(f"{name}.gz", None) for name in mnist.FILES]
+        monkeypatch.setattr(datasets.MNIST, "resources", resources)
         with ThreadPoolExecutor() as pool:
             pool.submit(server.serve_forever)
             _, (train, test), *_ = pool.map(mnist.load_mnist, ["new"] * 4)
             server.shutdown()
         assert {path.name for path in contents("new")} == {*mnist.FILES}
         assert (train[0].dtype, train[1].dtype) == (torch.uint8, torch.int64)
-        for tensors in zip(train, test, (IMAGES, LABELS), strict=True):
-            assert torch.equal(torch.cat(tensors[:2]), tensors[2])
+        for *parts, whole in zip(train, test, (IMAGES, LABELS), strict=True):
+            assert torch.equal(torch.cat(parts), whole)
 
     def test_load_mnist_knows_no_network_from_no_space(self, tmp_path, monkeypatch):
         def download(self):
@@ -440,12 +436,12 @@ class TestCheckpoints:
         good, touched = torch.load(saved[1]), tmp_path / "touched"
         evil = type("Evil", (), {"__reduce__": lambda _: (Path.touch, (touched,))})()
         weights = good["model_state_dict"]
-        nan = {k: w * math.nan for k, w in weights.items()}
         fewer = {k: w for k, w in weights.items() if k != "layers.11.bias"}
+        nan = weights | {"layers.11.bias": torch.full((10,), math.nan)}
         foreign = [[], "text", evil, weights, good | {"epoch": evil}]
-        foreign += [good | {"model_state_dict": w} for w in (nan, fewer, weights | {"x": evil})]
-        foreign += [good | {part: None} for part in good if part.endswith("_state_dict")]
-        for content in foreign[:-1]:  # the last one, of the scaler, is idle
+        foreign += [good | {"model_state_dict": w} for w in (nan, fewer, weights | {"x": nan})]
+        foreign += [good | {f"{part}_state_dict": None} for part in ("optimizer", "scheduler")]
+        for content in foreign:
             torch.save(content, saved[1])
             with pytest.raises(OSError, match="damaged, or not a checkpoint of this network"):
                 mnist.load_checkpoint(saved[1], **new_state()._asdict())
@@ -499,7 +495,7 @@ class TestReport:
         assert report[4].split() == [str(digit) for digit in range(n)]
         assert report[9].split() == ["4", *"...", "30", "70", *"." * (n - 5), "70.0%"]
         assert report[7].endswith(" 0.0%")  # no image of class 2
-        assert {len(line) for line in report[5:]} == {len(report[3])} == {5 * n + 12}
+        assert {len(line) for line in report[5:]} == {len(report[3])}
 
     @pytest.mark.parametrize("epochs", [1, 100])
     def test_draw_plot_shows_three_curves_of_both_figures(self, monkeypatch, epochs):
@@ -525,8 +521,7 @@ class TestRun:
         config, metrics = mnist.read_settings(path), good["history"][1]
         assert config["seed"] == -7
         cases = [{"history": history} for history in (None, [], [{"a": 1}], "text")]
-        cases += [{"config": config} for config in (None, [], {}, good)]
-        cases += [{"config": config | {"evaluate": "a.pth"}}, {"config": {"epochs": 1}}]
+        cases += [{"config": wrong} for wrong in (None, [], {}, config | {"evaluate": "a.pth"})]
         for wrong in (None, "\x1b[31mred", [], -1, math.nan, "7", torch.ones(2)):
             cases += [{"config": config | {k: wrong}} for k in config if k != "seed"]
             cases += [{"history": [metrics | {k: wrong}, metrics]} for k in metrics]
@@ -776,81 +771,18 @@ class TestCommandLine:
         monkeypatch.setattr(mnist, "train", None)
         assert "No such file or directory: 'out/gone'" in run_small()
 
-    def test_main_reads_sys_argv_and_logs_each_line_at_once(self, data_dir):
+    @linux
+    def test_main_logs_each_line_at_once_and_says_how_to_go_on_after_ctrl_c(self, data_dir):
         flags = f"{HERE} {SMALL} --epochs 9999".split()
         command = [sys.executable, mnist.__file__, *flags]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, **pipes) as run:
             lines = iter(run.stdout.readline, "")
             assert any(line.startswith("epoch ") for line in lines)
             assert next(lines).startswith("   1*")
-            run.kill()
-
-    @linux
-    def test_main_says_how_to_go_on_after_ctrl_c(self, data_dir, capfd):
-        attentive = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-        run = start("--epochs 999", attentive)
-        while run.is_alive() and not Path("out/mnist_model_epoch_2.pth").exists():
-            time.sleep(0.02)
-        os.kill(run.pid, signal.SIGINT)
-        assert end(run) == 130
-        assert capfd.readouterr().err.endswith("add --resume\n")
-
-
-# --------------------------------------------------------------------------------------- README
-def pictures_of(digit):
-    ink = to_pil_image(digit).resize((280, 280))
-    photo = ImageOps.expand(ImageOps.invert(ink), 90, 255)
-    values, (_, top, _, bottom) = pil_to_tensor(photo)[0].int(), ink.getbbox()
-    yield from (photo, ImageOps.invert(photo), ImageOps.expand(photo, 60, 40))  # on a table
-    yield photo.crop((0, 90 + top, 460, 90 + bottom))  # it touches the border
-    yield to_pil_image((values * torch.linspace(0.5, 1, 460)).byte())  # a shadow
-    yield Image.fromarray((values * 200).numpy().astype("uint16"))
-    yield Image.fromarray((values / 255).numpy())
-    for level in (0, 255):  # on a transparent ground
-        yield Image.merge("LA", (Image.new("L", ink.size, level), ink))
-    yield ImageOps.expand(ImageOps.invert(ink.filter(ImageFilter.MaxFilter(9))), 90, 255)
-    ImageDraw.Draw(photo).ellipse((360, 360, 520, 560), 100)  # a hand
-    yield photo
-
-
-def code_of(start):
-    return re.search(rf"```python\n({start}.*?)```", README, re.DOTALL)[1]
-
-
-class TestReadme:
-    def test_the_statistics_of_many_seeds_or_one(self, run_small, capsys):
-        code = re.search(r"<<END\n(.*?)END", README, re.DOTALL)[1]
-        for seed in (1, 2):
-            run_small("--epochs 1 --seed", seed, f"--out runs/{seed}")
-            capsys.readouterr()
-            exec(code, {})
-            line = capsys.readouterr().out
-            assert re.fullmatch(r"[\d.]+% ± [\d.]+% \([\d.]+%\), n = \d\n", line)
-
-    def test_the_loop_runs_and_the_diff_applies(self, data_dir, capsys):
-        source = Path(mnist.__file__).read_text(encoding="utf-8")
-        removed = re.findall(r"(?m)^-(\w.*)$", README)
-        assert removed
-        assert all(line in source for line in removed)
-        exec(code_of("import torch").replace("937", "6"), {})
-        assert "test accuracy" in capsys.readouterr().out
-
-    def test_predict_sees_a_digit_however_given(self, run_small, tmp_path, capsys):
-        run_small("--epochs 1 --out model_checkpoints")
-        Image.new("L", (200, 300), 255).save("blank.png")
-        names = {"__name__": "predict", "__file__": str(tmp_path / "predict.py")}
-        exec(code_of("import sys"), names)
-        capsys.readouterr()
-        assert names["main"](["none", "blank.png"]) == 1
-        expected = r"'none': \[Errno 2\].*\n'blank.png': nothing stands out.*\n"
-        assert re.fullmatch(expected, capsys.readouterr().out)
-        for image in IMAGES[:5]:
-            seen = torch.cat([names["prepare"](picture) for picture in pictures_of(image)])
-            assert (seen.shape[1:], seen.max()) == ((28, 28), 1)
-            flat = seen.flatten(1)
-            assert F.cosine_similarity(flat, flat[:1]).min() > 0.8
-            centre = seen[0].sum(0) @ torch.arange(28.0) / seen[0].sum()
-            assert centre.item() == pytest.approx(13.5, abs=0.6)
+            run.send_signal(signal.SIGINT)
+            assert run.communicate()[1].endswith("add --resume\n")
+        assert run.returncode == 130
 
 
 if __name__ == "__main__":
