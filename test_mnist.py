@@ -205,8 +205,7 @@ class TestModel:
             assert total == f"SimpleMNISTNet: 7954 parameters (budget: {budget}): {verdict}"
         assert re.fullmatch(r"Conv2d BatchNorm2d ReLU +\('N' 8 26 26\) +88", row)
         assert 88 + sum(int(row.split()[-1]) for row in rows) == 7954
-        assert model.training
-        assert same_bits(before, model.state_dict())
+        assert model.training and same_bits(before, model.state_dict())
         mnist.WideMNISTNet().print_model_summary()
         assert capsys.readouterr().out.endswith("\nWideMNISTNet: 189,984 parameters\n")
 
@@ -218,8 +217,7 @@ class TestModel:
         batch = [*mnist.batches(first(n), n)]
         mnist.train_one_epoch(state, batch * (40 if n == 64 else 100), amp)
         loss, accuracy = mnist.train_one_epoch(state, batch, amp)
-        assert accuracy == 1
-        assert loss < 0.1
+        assert (accuracy, loss < 0.1) == (1, True)
 
 
 # ----------------------------------------------------------------------------------------- Data
@@ -239,7 +237,6 @@ class TestData:
             _, (train, test), *_ = pool.map(mnist.load_mnist, ["new"] * 4)
             server.shutdown()
         assert {path.name for path in contents("new")} == {*mnist.FILES}
-        assert (train[0].dtype, train[1].dtype) == (torch.uint8, torch.int64)
         for *parts, whole in zip(train, test, (IMAGES, LABELS), strict=True):
             assert torch.equal(torch.cat(parts), whole)
 
@@ -349,7 +346,6 @@ class TestTraining:
     def test_make_state_follows_each_schedule(self):
         values = [*rates("onecycle")]
         assert (values[0], values[19]) == pytest.approx((0.004, 0.1), rel=0.01)
-        assert max(values) <= 0.1
         assert values[-1] < 1e-4
         assert [*rates("step")][9::10] == pytest.approx([0.1 * 0.7**n for n in range(10)])
         assert {*rates("constant")} == {0.1}
@@ -389,8 +385,7 @@ class TestTraining:
         torch.testing.assert_close(logits, expected, rtol=0, atol=2e-3)
         assert loss == pytest.approx(F.cross_entropy(expected, labels).item(), rel=1e-4)
         assert accuracy == (expected.argmax(1) == labels).sum().item() / 78
-        assert not model.training
-        assert not (logits.requires_grad or logits.is_inference())
+        assert not (model.training or logits.requires_grad or logits.is_inference())
 
 
 # ---------------------------------------------------------------------------------- Checkpoints
@@ -463,11 +458,11 @@ class TestCheckpoints:
             (tmp_path / f"mnist_model_epoch_{n}.pth").write_text(str(n))
         mnist.keep_best(tmp_path, history)
         (tmp_path / "mnist_model_epoch_2.pth").unlink()
-        mnist.keep_best(tmp_path, history)  # it stays
-        assert best.read_text() == "2"
+        mnist.keep_best(tmp_path, history)
+        assert best.read_text() == "2"  # it stays
         best.unlink()
-        mnist.keep_best(tmp_path, history)  # the newest is better than none
-        assert best.read_text() == "4"
+        mnist.keep_best(tmp_path, history)
+        assert best.read_text() == "4"  # the newest is better than none
 
 
 # --------------------------------------------------------------------------------------- Report
@@ -515,11 +510,10 @@ class TestReport:
 # ------------------------------------------------------------------------------------------ Run
 class TestRun:
     def test_read_settings_and_is_valid_refuse(self, run_small, capsys):
-        assert run_small("--epochs 2 --seed -7") is None
+        run_small("--epochs 2 --seed -7")
         path = Path("out/mnist_model_epoch_2.pth")
-        good = torch.load(path)
-        config, metrics = mnist.read_settings(path), good["history"][1]
-        assert config["seed"] == -7
+        config, good = mnist.read_settings(path), torch.load(path)
+        metrics = good["history"][1]
         cases = [{"history": history} for history in (None, [], [{"a": 1}], "text")]
         cases += [{"config": wrong} for wrong in (None, [], {}, config | {"evaluate": "a.pth"})]
         for wrong in (None, "\x1b[31mred", [], -1, math.nan, "7", torch.ones(2)):
@@ -532,7 +526,7 @@ class TestRun:
             before = contents(".")
             for flags in ("--resume", f"--evaluate {path}"):
                 message = run_main(HERE, flags)
-                assert re.fullmatch(f"{ERROR}{path} is damaged, or not a .*", message)
+                assert message.startswith(f"{ERROR}{path} is damaged, or not")
                 assert message.isprintable()
             assert contents(".") == before
         assert capsys.readouterr().out == ""
@@ -570,13 +564,12 @@ class TestRun:
         patch(mnist, "draw_digits", lambda n, seed: drawn.append((n, seed)) or data)
         assert run_small("--epochs 1 --data-dir empty") is None
         assert drawn == [(6000, 0), (1000, 1)]
-        printed = capsys.readouterr().out
         banner = r"!{79}\nSYNTHETIC .*\ncannot download: .*\n.* in empty/.*\n!{79}\n"
-        assert re.search(banner, printed)
+        assert re.search(banner, capsys.readouterr().out)
         assert [path.name for path in Path("out").iterdir()] == ["synthetic"]
         assert "holds a run" in run_small("--data synthetic")
-        for out in ("out", "out/synthetic"):
-            assert run_main("--data-dir empty --resume --out", out) is None
+        assert run_main("--data-dir empty --resume --out out") is None
+        assert run_main("--data-dir empty --resume --out out/synthetic") is None
         assert run_small("--epochs 1") is None  # now it is there
         assert metrics_of("out")["data"] == "mnist"
         assert "cannot download" in run_main("--data-dir empty --resume --out out")
@@ -609,9 +602,9 @@ class TestRun:
         patch(mnist, "evaluate", lambda *_: (next(values, 9), 0.5, logits))
         assert run_small("--epochs", len(losses)) is None
         assert torch.load("out/best_mnist_model.pth")["epoch"] == best
-        newest = torch.load(f"out/mnist_model_epoch_{len(losses)}.pth")
-        assert [m["val_loss"] for m in newest["history"]] == losses
-        assert metrics_of("out")["best_epoch"] == best
+        metrics = metrics_of("out")
+        assert [m["val_loss"] for m in metrics["history"]] == losses
+        assert metrics["best_epoch"] == best
 
     def test_train_draws_anew_in_each_epoch(self, run_small, patch):
         seen, seeds, seed = [], [], torch.manual_seed
@@ -652,6 +645,7 @@ class TestRun:
         assert printed.endswith(f"\n\n{report}\nfiles: 'out'\n")
         start = "mnist: 310 train 90 val 100 test\ncpu, amp off, seed 1, new run in 'out'\n"
         assert printed.startswith(start)
+        assert "\nno plot: import of matplotlib" in printed
         assert not re.search(".{80}", printed)
         before = contents(".")
         flags = "--val-size 59999 --seed 3 --batch-size 1000 --data-dir data"
@@ -659,12 +653,10 @@ class TestRun:
         assert capsys.readouterr().out == report
         assert contents(".") == before
 
-    def test_report_draws_or_says_why_not(self, run_small, patch, capsys):
-        assert run_small("--epochs 1 --out without") is None
-        assert "\nno plot: import of matplotlib" in capsys.readouterr().out
+    def test_report_draws_a_plot(self, run_small, patch):
         patch(mnist, "draw_plot", lambda history: str(len(history)).encode())
-        assert run_small("--epochs 1") is None
-        assert Path("out/training_metrics.png").read_bytes() == b"1"
+        assert run_small("--epochs 2") is None
+        assert Path("out/training_metrics.png").read_bytes() == b"2"
 
     def test_run_with_dry_run_leaves_nothing(self, run_small, capsys):
         before = contents(".")
