@@ -175,7 +175,7 @@ def augment(images: Tensor, strength: float = 1.0) -> Tensor:
 
 
 def draw_digits(n: int, seed: int) -> Split:
-    """Return n distorted digits of a 3x5 font, to try the program offline."""
+    """Return n distorted digits of a 3x5 font, to try it out offline."""
     font = "75557 26227 71747 71717 55711 74717 74757 71222 75757 75717"  # octal rows
     rows = torch.tensor([[int(row) for row in digit] for digit in font.split()])
     pixels = rows[:, None, :, None] >> torch.tensor([2, 1, 0]) & 1  # (10, 1, 5, 3)
@@ -216,7 +216,7 @@ class TrainState(NamedTuple):
 
 
 def make_state(model, lr: float, schedule: str, epochs: int, steps: int, fp16=False) -> TrainState:
-    """Return SGD, the schedule for epochs of steps, and a scaler for fp16."""
+    """Return model, SGD, its schedule, and a scaler for fp16."""
     weights, device = list(model.parameters()), next(model.parameters()).device.type
     sgd = SGD(weights, lr, momentum=0.9, weight_decay=5e-5, nesterov=True, fused=device != "mps")
     # If fp16 overflows in step one, GradScaler skips it: fused SGD then reads garbage momentum.
@@ -374,10 +374,10 @@ SETTINGS = {  # of a run, kept in its checkpoints: choices or type, default, hel
     "val_size": (int, 5000, "validation images (5000)"),
     "epochs": (int, 15, "training epochs (15)"),
     "batch_size": (int, 64, "batch size (64, on CUDA 128)"),
-    "lr": (float, 0.0, "peak learning rate (0.4, for wide 0.03)"),
-    "schedule": (["onecycle", *GAMMA], "onecycle", "schedule of the rate (onecycle)"),
+    "lr": (float, 0.0, "peak learning rate (0.4, wide 0.03)"),
+    "schedule": (["onecycle", *GAMMA], "onecycle", "learning rate schedule (onecycle)"),
     "seed": (int, 1, "random seed (1)"),
-    "amp": (["auto", *PRECISIONS], "off", "mixed precision; auto: on CUDA (auto)"),
+    "amp": (["auto", *PRECISIONS], "off", "mixed precision (auto: on CUDA)"),
 }
 
 
@@ -420,7 +420,7 @@ def open_run(args: Namespace) -> Path | None:
     saved = read_settings(path) if path else {}
     for name, old in saved.items() if args.resume else ():
         new, endless = given.get(name, old), name == "epochs" and saved["schedule"] in GAMMA
-        if new != old and not endless:  # endless: it can go on
+        if new != old and not endless:  # it can go on
             flag = f"--{name.replace('_', '-')}"
             sys.exit(f"{ERROR} {flag} is {new}, but the run in {args.out} has {old}: leave it out")
     settings = {name: row[1] for name, row in SETTINGS.items()}
@@ -526,9 +526,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--data-dir", default="data", metavar="DIR", help="dataset root (data)")
     add("--device", default="auto", help="cpu, cuda, mps ... (auto)")
     add("--out", default="model_checkpoints", metavar="DIR", help="output folder (%(default)s)")
-    add("--resume", action="store_true", help="continue (or start) the run in --out")
-    add("--evaluate", metavar="CKPT", help="only test a checkpoint")
-    add("--dry-run", action="store_true", help="run one batch of each phase; keep nothing")
+    add("--resume", action="store_true", help="continue or start the run in --out")
+    add("--evaluate", metavar="CKPT", help="test a checkpoint only")
+    add("--dry-run", action="store_true", help="one batch of each phase; keep nothing")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         unset = name not in SETTINGS or value in (None, "auto")
