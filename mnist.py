@@ -42,7 +42,7 @@ def conv_block(c_in: int, c_out: int, k: int, norm: bool = True) -> nn.Sequentia
 
 
 class ResidualBlock(nn.Module):
-    """A skip connection (He et al., 2015) around a separable convolution (Chollet, 2017)."""
+    """A skip connection (He et al., 2016) around a separable convolution (Chollet, 2017)."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class ResidualBlock(nn.Module):
 class Network(nn.Module):
     """Layers that map normalized images (N, 1, 28, 28) to logits (N, 10)."""
 
-    budget = 0  # if set, there must be fewer parameters
+    budget = 0  # if set, to stay below
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).flatten(1)
@@ -100,7 +100,7 @@ class SimpleMNISTNet(Network):
             ResidualBlock(24),
             nn.Dropout(0.05),
             nn.Conv2d(24, 10, 1),  # 10 of 5x5
-            nn.AdaptiveAvgPool2d(1),  # 10 of 1x1: the logits
+            nn.AdaptiveAvgPool2d(1),  # 10 of 1x1
         )
 
 
@@ -118,9 +118,9 @@ class WideMNISTNet(Network):
             conv_block(32, 64, 3, norm=False),  # 64 of 9x9
             conv_block(64, 128, 3, norm=False),  # 128 of 7x7
             nn.AdaptiveAvgPool2d(1),  # 128 of 1x1
-            nn.Conv2d(128, 10, 1, bias=False),  # 10 of 1x1: the logits
+            nn.Conv2d(128, 10, 1, bias=False),  # 10 of 1x1
         )
-        for weight in self.parameters():  # He et al. (2015): stable without batch norm
+        for weight in self.parameters():  # He et al. (2015): stable without norm
             nn.init.kaiming_normal_(weight, nonlinearity="relu")
 
 
@@ -129,21 +129,20 @@ MODELS = {"simple": SimpleMNISTNet, "wide": WideMNISTNet}
 # ----------------------------------------------------------------------------------------- Data
 DATASET = datasets.MNIST  # or FashionMNIST, KMNIST
 FILES = [archive.removesuffix(".gz") for archive, _ in DATASET.resources]
-MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, between 0 and 1
-Split = tuple[Tensor, Tensor]  # images, uint8 (N, 1, 28, 28), and labels, int64 (N,)
+MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels, from 0 to 1
+Split = tuple[Tensor, Tensor]  # uint8 (N, 1, H, W) and int64 (N,)
 
 
 def load_mnist(data_dir: str | Path = "data") -> list[Split]:
     """Return training and test set; ConnectionError if offline."""
     raw, tensors = Path(data_dir, DATASET.__name__, "raw").expanduser(), []
     if not all((raw / name).exists() for name in FILES):
-        print(f"downloading {DATASET.__name__} to {str(raw)!a}", flush=True)
         raw.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(20)  # seconds; torchvision sets none
         try:
             with TemporaryDirectory(dir=raw.parent) as folder:
                 DATASET(folder, download=True)
-                for name in FILES:  # renaming is atomic
+                for name in FILES:  # atomic
                     os.replace(Path(folder, DATASET.__name__, "raw", name), raw / name)
         except (RuntimeError, ConnectionError, TimeoutError, HTTPException) as error:
             raise ConnectionError(" ".join(f"cannot download: {error}".split())) from error
@@ -153,14 +152,14 @@ def load_mnist(data_dir: str | Path = "data") -> list[Split]:
         for name, kind in zip(FILES, ["image", "label"] * 2, strict=True):
             tensors.append(getattr(datasets.mnist, f"read_{kind}_file")(raw / name))
             if kind == "label" and len(tensors[-1]) != len(tensors[-2]):
-                raise ValueError("labels for other images")
+                raise ValueError("other labels")
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise OSError(f"{raw / name} is damaged: delete {raw} to download it again") from error
     return [(x[:, None], y) for x, y in (tensors[:2], tensors[2:])]
 
 
 def augment(images: Tensor, strength: float = 1.0) -> Tensor:
-    """Distort float images (N, 1, H, W), each differently; strength=0 does not."""
+    """Distort float images (N, 1, H, W), each differently; strength=0 leaves them."""
     n, pixel = len(images), 2 / images.shape[-1]  # the grid spans -1 to 1
     turn, grow, skew, right, down = strength * (2 * torch.rand(5, n, device=images.device) - 1)
     angle, scale, shear = turn * math.radians(13), 1 + grow * 0.13, skew * 0.13
@@ -175,7 +174,7 @@ def augment(images: Tensor, strength: float = 1.0) -> Tensor:
 
 
 def draw_digits(n: int, seed: int) -> Split:
-    """Return n distorted digits of a 3x5 font, to try it out offline."""
+    """Return n distorted digits of a 3x5 font, to try it offline."""
     font = "75557 26227 71747 71717 55711 74717 74757 71222 75757 75717"  # octal rows
     rows = torch.tensor([[int(row) for row in digit] for digit in font.split()])
     pixels = rows[:, None, :, None] >> torch.tensor([2, 1, 0]) & 1  # (10, 1, 5, 3)
@@ -188,8 +187,7 @@ def draw_digits(n: int, seed: int) -> Split:
 
 def batches(data: Split, size: int, *, train=False, strength=1.0) -> Iterator[Split]:
     """Yield normalized images (N <= size, 1, H, W), labels (N,); augmented to train."""
-    images, labels = data
-    n = len(labels)
+    (images, labels), n = data, len(data[1])
     if images.dtype != torch.uint8 or n < (size if train else 1):
         raise ValueError(f"got {n} {images.dtype} images, not {size} of uint8")
     order = torch.randperm(n)[: n // size * size] if train else torch.arange(n)
@@ -219,11 +217,11 @@ def make_state(model, lr: float, schedule: str, epochs: int, steps: int, fp16=Fa
     """Return model, SGD, its schedule, and a scaler for fp16."""
     weights, device = list(model.parameters()), next(model.parameters()).device.type
     sgd = SGD(weights, lr, momentum=0.9, weight_decay=5e-5, nesterov=True, fused=device != "mps")
-    # If fp16 overflows in step one, GradScaler skips it: fused SGD then reads garbage momentum.
+    # Or else, if fp16 overflows in step one, fused SGD would read unset momentum.
     for weight in weights:
         sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     if schedule == "onecycle":  # Smith and Topin (2018)
-        total = max(10, epochs * steps + 1)  # it fails on fewer than 10
+        total = max(10, epochs * steps + 1)  # fewer break its warm-up
         scheduler = lr_scheduler.OneCycleLR(sgd, lr, total, pct_start=0.2, cycle_momentum=False)
     else:
         scheduler = lr_scheduler.StepLR(sgd, steps, GAMMA[schedule])
@@ -256,7 +254,7 @@ def train_one_epoch(state: TrainState, loader: Iterable, amp=None, total=0) -> t
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Split) -> tuple[float, float, Tensor]:
-    """Return mean loss, accuracy and logits (N, 10), all in float32."""
+    """Return mean loss, accuracy and logits (N, 10), without autocast."""
     model.eval()
     logits = torch.cat([model(x) for x, _ in batches(data, 500)])
     accuracy = (logits.argmax(1) == data[1]).sum().item() / len(logits)
@@ -274,9 +272,9 @@ def write_file(path: Path, content: bytes, new: bool = False) -> None:
         written.write_bytes(content)
         try:
             (os.link if new else os.replace)(written, path)  # links replace nothing
-        except OSError as error:
+        except OSError as e:
             if not new or path.exists():
-                raise OSError(f"cannot write {path}: {error.strerror}") from error
+                raise OSError(f"cannot write {path}: {'another run has' if new else e}") from e
             os.replace(written, path)  # a file system without links
 
 
@@ -297,10 +295,10 @@ def load_checkpoint(path: str | Path, **parts: object) -> dict:
         damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load skips CRCs
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if damaged or not all(w.isfinite().all() for w in saved["model_state_dict"].values()):
-            raise ValueError("checksum, or NaN")
+            raise ValueError("bits or NaN")
         for name, part in parts.items():
             part.load_state_dict(saved[f"{name}_state_dict"])
-    except Exception as error:  # a damaged or foreign file can fail in any way
+    except Exception as error:  # damage can fail in any way
         raise OSError(f"{path} is damaged, or not a checkpoint of this network") from error
     return saved
 
@@ -316,7 +314,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def keep_best(folder: Path, history: list[dict]) -> None:
     """Copy the checkpoint of the lowest validation loss to BEST."""
     best = min(range(len(history)), key=lambda i: history[i]["val_loss"]) + 1
-    sources = [folder / f"{EPOCH}{best}.pth", folder / BEST, newest_checkpoint(folder)]
+    sources = [folder / f"{EPOCH}{best}.pth", newest_checkpoint(folder)]
+    sources = sources if best == len(history) else [folder / BEST, *sources]
     write_file(folder / BEST, next(p for p in sources if p.exists()).read_bytes())
 
 
@@ -361,7 +360,6 @@ def draw_plot(history: list[dict]) -> bytes:
             axes.plot(epochs, [m[f"{split}_{key}"] for m in history], ".-", label=split)
         axes.set(xlabel="epoch", ylabel=key, xticks=epochs[:: 1 + len(epochs) // 20])
         axes.legend()
-    figure.axes[0].set_yscale("log")  # epoch 1 is far off
     figure.savefig(buffer, dpi=150)
     return buffer.getvalue()
 
@@ -372,17 +370,17 @@ SETTINGS = {  # of a run, kept in its checkpoints: choices or type, default, hel
     "model": ([*MODELS], "simple", "network (simple)"),
     "data": (["auto", "mnist", "synthetic"], "mnist", "dataset (auto)"),
     "val_size": (int, 5000, "validation images (5000)"),
-    "epochs": (int, 15, "training epochs (15)"),
+    "epochs": (int, 15, "epochs (15)"),
     "batch_size": (int, 64, "batch size (64, on CUDA 128)"),
     "lr": (float, 0.0, "peak learning rate (0.4, wide 0.03)"),
-    "schedule": (["onecycle", *GAMMA], "onecycle", "learning rate schedule (onecycle)"),
+    "schedule": (["onecycle", *GAMMA], "onecycle", "rate schedule (onecycle)"),
     "seed": (int, 1, "random seed (1)"),
     "amp": (["auto", *PRECISIONS], "off", "mixed precision (auto: on CUDA)"),
 }
 
 
 def is_valid(name: str, value: object) -> bool:
-    """Return whether it is one of the choices, or a number above 0."""
+    """Return whether it is a choice, or a number above 0; any seed."""
     kind = SETTINGS[name][0]
     if isinstance(kind, list):
         return value in kind and value != "auto"
@@ -403,24 +401,24 @@ def read_settings(path: Path) -> dict:
 
 def open_run(args: Namespace) -> Path | None:
     """Fill in the settings; return the checkpoint to test or resume."""
-    path = Path(args.evaluate) if args.evaluate else newest_checkpoint(args.out)
+    path = Path(args.evaluate).expanduser() if args.evaluate else newest_checkpoint(args.out)
     if args.data in (None, "auto") and not path:
         try:
             load_mnist(args.data_dir)
         except ConnectionError as error:
             args.data, line = "synthetic", "!" * 79
-            print(f"{line}\nSYNTHETIC digits, not MNIST: they show that it runs")
-            print(f"{str(error)[:79]}\nMNIST belongs in {args.data_dir}/MNIST/raw\n{line}")
-    if args.data == "synthetic" and not args.evaluate:  # in a folder of its own
+            print(f"{line}\nSYNTHETIC digits, not MNIST: only a trial")
+            print(f"{str(error)[-79:]}\nput it in {args.data_dir!a}/{DATASET.__name__}/raw\n{line}")
+    if args.data == "synthetic" and not args.evaluate and args.out.name != "synthetic":
         args.out /= "synthetic"
         path = newest_checkpoint(args.out)
     if path and not (args.resume or args.evaluate):
         sys.exit(f"{ERROR} {args.out} holds a run: add --resume, or choose another --out")
     given = {k: v for k, v in vars(args).items() if v not in (None, "auto")}
     saved = read_settings(path) if path else {}
-    for name, old in saved.items() if args.resume else ():
-        new, endless = given.get(name, old), name == "epochs" and saved["schedule"] in GAMMA
-        if new != old and not endless:  # it can go on
+    for name, old in saved.items() if args.resume and not args.evaluate else ():
+        new = given.get(name, old)
+        if new != old and not (name == "epochs" and new > old and saved["schedule"] in GAMMA):
             flag = f"--{name.replace('_', '-')}"
             sys.exit(f"{ERROR} {flag} is {new}, but the run in {args.out} has {old}: leave it out")
     settings = {name: row[1] for name, row in SETTINGS.items()}
@@ -442,19 +440,21 @@ def get_data(args: Namespace) -> dict[str, Split]:
     if n < args.batch_size and not args.evaluate:
         sys.exit(f"{ERROR} --batch-size {args.batch_size} is over the {n} that --val-size leaves")
     splits = {"train": [t[:n] for t in train], "val": [t[n:] for t in train], "test": test}
-    limit = args.batch_size if args.dry_run else None
+    limit = args.batch_size if args.dry_run and not args.evaluate else None
     return {k: tuple(t[:limit].to(args.device) for t in split) for k, split in splits.items()}
 
 
 def train(args: Namespace, model: nn.Module, data: dict, path: Path | None) -> list[dict]:
-    """Train the remaining epochs, resuming from path if any; return history."""
+    """Train the remaining epochs, from path if any; return history."""
     steps, amp, history = len(data["train"][1]) // args.batch_size, PRECISIONS[args.amp], []
     state = make_state(model, args.lr, args.schedule, args.epochs, steps, args.amp == "fp16")
     parts, config = state._asdict(), {k: getattr(args, k) for k in SETTINGS}
     if path:
         history = load_checkpoint(path, **parts)["history"]
         state.optimizer.param_groups[0]["fused"] = args.device != "mps"
-        keep_best(args.out, history)  # a kill may have come first
+        for w, s in state.optimizer.state.items():  # in its layout
+            s["momentum_buffer"] = torch.empty_like(w).copy_(s["momentum_buffer"])
+        keep_best(args.out, history)  # in case of a kill
     print(*make_table(history), sep="\n", flush=True)
     for epoch in range(len(history) + 1, 2 if args.dry_run else args.epochs + 1):
         # A seed for each epoch: a resumed run draws the same numbers.
@@ -491,7 +491,7 @@ def report(args: Namespace, model: nn.Module, test: Split, path: Path, history: 
     write_file(args.out / "report.txt", "\n".join([*make_table(history), "", text, ""]).encode())
     try:
         write_file(args.out / "training_metrics.png", draw_plot(history))
-    except Exception as error:  # none, or no display
+    except Exception as error:  # none, or a broken one
         print(f"no plot: {error}")
     print("\ndry run: all parts work" if args.dry_run else f"\n{text}\n\nfiles: {str(args.out)!a}")
 
@@ -505,13 +505,13 @@ def run(args: Namespace) -> None:
     layout = torch.channels_last if args.device == "cpu" else torch.contiguous_format
     model = MODELS[args.model]().to(args.device, memory_format=layout)
     if not args.evaluate:
-        run = f"{'resuming' if path else 'new run in'} {str(args.out)!a}"
+        where = "resuming" if path else "nothing to resume in" if args.resume else "new run in"
         print(f"{args.data}:", *(f"{len(y):,} {split}" for split, (_, y) in data.items()))
-        print(f"{args.device}, amp {args.amp}, seed {args.seed}, {run}")
+        print(f"{args.device}, amp {args.amp}, seed {args.seed}, {where} {str(args.out)!a}")
         model.print_model_summary()
         args.out.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=args.out).close()  # fails now if it must
-        path, history = args.out / BEST, train(args, model, data, path)
+        TemporaryFile(dir=args.out).close()  # unwritable: fail now
+        history, path = train(args, model, data, path), args.out / BEST
     report(args, model, data["test"], path, history)
 
 
@@ -526,13 +526,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--data-dir", default="data", metavar="DIR", help="dataset root (data)")
     add("--device", default="auto", help="cpu, cuda, mps ... (auto)")
     add("--out", default="model_checkpoints", metavar="DIR", help="output folder (%(default)s)")
-    add("--resume", action="store_true", help="continue or start the run in --out")
+    add("--resume", action="store_true", help="continue the run in --out")
     add("--evaluate", metavar="CKPT", help="test a checkpoint only")
-    add("--dry-run", action="store_true", help="one batch of each phase; keep nothing")
+    add("--dry-run", action="store_true", help="one batch of each phase")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        unset = name not in SETTINGS or value in (None, "auto")
-        if value == "" or not (unset or is_valid(name, value)):
+        given = name in SETTINGS and value not in (None, "auto")
+        if value == "" or (given and not is_valid(name, value)):
             parser.error(f"--{name.replace('_', '-')} cannot be {value!r}")
     best = accelerator.current_accelerator().type if accelerator.is_available() else "cpu"
     args.device = best if args.device == "auto" else args.device
@@ -549,7 +549,7 @@ def main(argv: list[str] | None = None) -> None:
             args.out = Path(folder).expanduser()
             run(args)
     except KeyboardInterrupt:
-        print("\nmnist.py: stopped: to continue, add --resume", file=sys.stderr)
+        print("\nmnist.py: stopped: to continue a run, add --resume", file=sys.stderr)
         sys.exit(130)
     except (OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"{ERROR} {' '.join(str(error).split())}")

@@ -28,6 +28,7 @@ from http.client import IncompleteRead
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import PIPE, Popen
+from threading import Thread
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ SPLITS, ERROR = ("train", "val", "test"), "mnist.py: error: "
 HERE, SMALL = "--data-dir data --out out", "--device cpu --lr 0.1 --val-size 90 --batch-size 50"
 each = pytest.mark.parametrize
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks with torch loaded")
-torch.set_num_threads(1)  # more would wait for each other
+torch.set_num_threads(1)  # more would wait
 IMAGES, LABELS = mnist.draw_digits(500, seed=0)
 
 
@@ -232,10 +233,9 @@ class TestData:
         datasets.MNIST.mirrors.append(f"http://127.0.0.1:{server.server_port}/")
         resources = [(f"{name}.gz", None) for name in mnist.FILES]
         patch(datasets.MNIST, "resources", resources)
+        Thread(target=server.serve_forever, daemon=True).start()
         with ThreadPoolExecutor() as pool:
-            pool.submit(server.serve_forever)
             _, (train, test), *_ = pool.map(mnist.load_mnist, ["new"] * 4)
-            server.shutdown()
         assert {path.name for path in contents("new")} == {*mnist.FILES}
         for *parts, whole in zip(train, test, (IMAGES, LABELS), strict=True):
             assert torch.equal(torch.cat(parts), whole)
@@ -265,8 +265,7 @@ class TestData:
     @each(("k", "size"), [(1, 28), (0.5, 40)])
     def test_augment_moves_by_its_limits(self, patch, draws, k, size):
         # Images of their own coordinates show the map: its slopes, and its shift.
-        draw = torch.tensor(draws).view(5, 1).expand(5, 2)
-        patch(torch, "rand", lambda *_, **__: draw)
+        patch(torch, "rand", lambda *_, **__: torch.tensor(draws).view(5, 1).expand(5, 2))
         patch(torch, "randn", torch.zeros)  # no elastic field
         ramp = (torch.arange(size) - (size - 1) / 2).expand(size, size)
         maps = mnist.augment(torch.stack([ramp, ramp.T])[:, None], k)[:, 0]  # of x and y
@@ -342,8 +341,7 @@ def rates(schedule, epochs=10, steps=10):
 class TestTraining:
     def test_make_state_follows_each_schedule(self):
         values = [*rates("onecycle")]
-        assert (values[0], values[19]) == pytest.approx((0.004, 0.1), rel=0.01)
-        assert values[-1] < 1e-4
+        assert values[::20] == pytest.approx([0.004, 0.1, 0.085, 0.05, 0.015], rel=0.05)
         assert [*rates("step")][9::10] == pytest.approx([0.1 * 0.7**n for n in range(10)])
         assert {*rates("constant")} == {0.1}
         assert all(max(rates("onecycle", 1, n)) <= 0.1 for n in range(1, 13))
@@ -401,7 +399,7 @@ class TestCheckpoints:
         path = tmp_path / "file"
         patch(os, "link", os.link if links else lambda *_: os.stat(path / "no"))
         mnist.write_file(path, b"one", new=True)
-        with pytest.raises(OSError, match=f"cannot write {path}"):
+        with pytest.raises(OSError, match=f"cannot write {path}: another run has"):
             mnist.write_file(path, b"two", new=True)
         assert contents(tmp_path) == {path: b"one"}
         mnist.write_file(path, b"three")
@@ -430,7 +428,7 @@ class TestCheckpoints:
         weights = good["model_state_dict"]
         fewer = {k: w for k, w in weights.items() if k != "layers.11.bias"}
         nan = weights | {"layers.11.bias": torch.full((10,), math.nan)}
-        foreign = [[], "text", evil, weights, good | {"epoch": evil}]
+        foreign = [[], evil, weights, good | {"epoch": evil}]
         foreign += [good | {"model_state_dict": w} for w in (nan, fewer, weights | {"x": nan})]
         foreign += [good | {f"{part}_state_dict": None} for part in ("optimizer", "scheduler")]
         for content in foreign:
@@ -495,13 +493,12 @@ class TestReport:
         seen, history = [], known_history(epochs)
         patch(figure, "savefig", lambda self, *_, **__: seen.extend(self.axes))
         mnist.draw_plot(history)
-        for axes, key, scale in zip(seen, ("loss", "accuracy"), ("log", "linear"), strict=True):
+        for axes, key in zip(seen, ("loss", "accuracy"), strict=True):
             names = [text.get_text() for text in axes.get_legend().get_texts()]
             assert (axes.get_xlabel(), axes.get_ylabel(), *names) == ("epoch", key, *SPLITS)
             curves = [[m[f"{split}_{key}"] for m in history] for split in SPLITS]
             assert [line.get_ydata().tolist() for line in axes.lines] == curves
             assert all(tick == int(tick) for tick in axes.get_xticks())
-            assert axes.get_yscale() == scale
 
 
 # ------------------------------------------------------------------------------------------ Run
@@ -539,7 +536,7 @@ class TestRun:
     def test_open_run_takes_the_runs_settings(self, run_small, capsys):
         flags = "--model wide --schedule constant --epochs 1 --seed 5 --resume"
         assert run_small(flags, "--lr 0.01") is None
-        assert "new run in 'out'" in capsys.readouterr().out
+        assert "seed 5, nothing to resume in 'out'" in capsys.readouterr().out
         before = contents(".")
         assert run_main(HERE, "--resume --data auto --amp auto") is None
         assert before == contents(".")
@@ -561,12 +558,12 @@ class TestRun:
         patch(mnist, "draw_digits", lambda n, seed: drawn.append((n, seed)) or data)
         assert run_small("--epochs 1 --data-dir empty") is None
         assert drawn == [(6000, 0), (1000, 1)]
-        banner = r"!{79}\nSYNTHETIC .*\ncannot download: .*\n.* in empty/.*\n!{79}\n"
+        banner = r"!{79}\nSYNTHETIC .*\n.*error.*\n.*'empty'/MNIST/raw\n!{79}\n"
         assert re.search(banner, capsys.readouterr().out)
         assert [path.name for path in Path("out").iterdir()] == ["synthetic"]
         assert "holds a run" in run_small("--data synthetic")
         assert run_main("--data-dir empty --resume --out out") is None
-        assert run_main("--data-dir empty --resume --out out/synthetic") is None
+        assert run_main("--data synthetic --resume --out out/synthetic") is None
         run_small("--epochs 1")  # now it is there
         assert metrics_of("out")["data"] == "mnist"
         assert "cannot download" in run_main("--data-dir empty --resume --out out")
@@ -588,8 +585,7 @@ class TestRun:
         for split, n in zip(SPLITS, (310, 90, 100), strict=True):
             expected |= {f"{split}_loss": n, f"{split}_accuracy": n / 1000}
         metrics, counts = metrics_of("out"), LABELS[400:].bincount()
-        assert metrics["history"] == [expected]
-        assert metrics["test_accuracy"] == 0.1
+        assert (metrics["history"], metrics["test_accuracy"]) == ([expected], 0.1)
         assert metrics["confusion"] == counts.diag().roll(1, 1).tolist()
 
     @each("losses", [[3, 2, 2, 1, 1], [1, 2, 1]])
@@ -617,16 +613,21 @@ class TestRun:
     def test_train_resumes_with_the_same_bits(self, run_small):
         flags = "--schedule step --amp bf16 --resume --epochs 10"
         run_small(flags[:-2], 9)
-        run_small(flags)  # it has no end
-        newest, metrics = Path("out/mnist_model_epoch_10.pth"), Path("out/metrics.json")
-        before, whole = metrics.read_bytes(), weights_of(newest)
+        run_small(flags)
+        newest = Path("out/mnist_model_epoch_10.pth")
+        before, whole = metrics_of("out"), weights_of(newest)
         newest.write_bytes(newest.read_bytes()[:-9])
         assert f"{newest} is damaged" in run_small(flags)
         newest.unlink()
         Path("out/best_mnist_model.pth").unlink()
+        last = torch.load("out/mnist_model_epoch_9.pth")
+        for state in last["optimizer_state_dict"]["state"].values():
+            state["momentum_buffer"] = state["momentum_buffer"].contiguous()  # as on a GPU
+        torch.save(last, "out/mnist_model_epoch_9.pth")
         run_small(flags)
         assert same_bits(whole, weights_of(newest))
-        assert before == metrics.read_bytes()
+        assert before == metrics_of("out")
+        assert "--epochs is 9, but the run in out has 10" in run_small(flags[:-2], 9)
 
     def test_report_prints_what_it_writes(self, run_small, capsys):
         assert run_small("--epochs 1") is None
@@ -676,7 +677,7 @@ class TestRun:
         assert end(start("--epochs 3 --out whole")) == 0
         rng, kills, finished = random.Random(7), 0, True
         while kills < KILLS or not finished:
-            if finished:  # a new run takes the rest of the kills
+            if finished:  # a new run takes the rest
                 shutil.rmtree("killed", ignore_errors=True)
             prepare = partial(die_by_chance, rng.random())
             status = end(start("--epochs 3 --resume --out killed", prepare))
@@ -690,11 +691,10 @@ class TestRun:
     def test_run_owns_its_folder_or_is_killed(self, data_dir):
         rng = random.Random(3)
         for n in range(max(2, KILLS // 2)):
-            runs = []
-            for seed in (1, 2):
-                runs.append(start(f"--epochs 2 --seed {seed} --out both{n}"))
-                time.sleep(rng.random() * 0.5)
-            assert sorted(map(end, runs)) == [0, 1]
+            one = start(f"--epochs 2 --seed 1 --out both{n}")
+            time.sleep(rng.random() * 0.5)
+            other = start(f"--epochs 2 --seed 2 --out both{n}")
+            assert sorted([end(one), end(other)]) == [0, 1]
             seeds = [torch.load(p)["config"]["seed"] for p in Path(f"both{n}").glob("*.pth")]
             assert {*seeds} == {metrics_of(f"both{n}")["config"]["seed"]}
 
