@@ -705,7 +705,7 @@ ERRORS = {
     "--out data/MNIST/raw/t10k-labels-idx1-ubyte": ".* File exists: .*t10k-labels.*",
     "--evaluate missing.pth": ".* No such file or directory: 'missing.pth'",
     "--lr 1e9 --schedule constant": ".* loss of epoch 1 is not finite.*",
-    "--batch-size 311": "--batch-size 311 is over the 310 that --val-size leaves",
+    "--data-dir /dev/null": ".* Not a directory: .*",
     "--batch-size 9999999999 --dry-run": "--batch-size 9999999999 is .*",
     "--device tpu": "no tpu device available: leave out --device",
 }
