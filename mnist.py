@@ -58,7 +58,7 @@ class ResidualBlock(nn.Module):
 class Network(nn.Module):
     """Layers that map normalized images (N, 1, 28, 28) to logits (N, 10)."""
 
-    budget = 0  # if set, to stay below
+    budget = 0  # parameters, if limited
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).flatten(1)
@@ -295,7 +295,7 @@ def load_checkpoint(path: str | Path, **parts: object) -> dict:
         damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load skips CRCs
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if damaged or not all(w.isfinite().all() for w in saved["model_state_dict"].values()):
-            raise ValueError("bits or NaN")
+            raise ValueError("damage or NaN")
         for name, part in parts.items():
             part.load_state_dict(saved[f"{name}_state_dict"])
     except Exception as error:  # damage can fail in any way
@@ -452,7 +452,7 @@ def train(args: Namespace, model: nn.Module, data: dict, path: Path | None) -> l
     if path:
         history = load_checkpoint(path, **parts)["history"]
         state.optimizer.param_groups[0]["fused"] = args.device != "mps"
-        for w, s in state.optimizer.state.items():  # in its layout
+        for w, s in state.optimizer.state.items():  # laid out like w
             s["momentum_buffer"] = torch.empty_like(w).copy_(s["momentum_buffer"])
         keep_best(args.out, history)  # in case of a kill
     print(*make_table(history), sep="\n", flush=True)
@@ -491,7 +491,7 @@ def report(args: Namespace, model: nn.Module, test: Split, path: Path, history: 
     write_file(args.out / "report.txt", "\n".join([*make_table(history), "", text, ""]).encode())
     try:
         write_file(args.out / "training_metrics.png", draw_plot(history))
-    except Exception as error:  # none, or a broken one
+    except Exception as error:  # no matplotlib, or broken
         print(f"no plot: {error}")
     print("\ndry run: all parts work" if args.dry_run else f"\n{text}\n\nfiles: {str(args.out)!a}")
 
