@@ -192,7 +192,7 @@ def batches(data: Split, size: int, *, train=False, strength=1.0) -> Iterator[Sp
         raise ValueError(f"got {n} {images.dtype} images, not {size} of uint8")
     order = torch.randperm(n)[: n // size * size] if train else torch.arange(n)
     for index in order.to(labels.device).split(size):
-        x = images[index].float() / 255
+        x = images[index] / 255
         x = augment(x, strength) if train else x
         yield (x - MEAN) / STD, labels[index]
 
@@ -416,7 +416,7 @@ def open_run(args: Namespace) -> Path | None:
         sys.exit(f"{ERROR} {args.out} holds a run: add --resume, or choose another --out")
     given = {k: v for k, v in vars(args).items() if v not in (None, "auto")}
     saved = read_settings(path) if path else {}
-    for name, old in saved.items() if args.resume and not args.evaluate else ():
+    for name, old in saved.items() if not args.evaluate else ():
         new = given.get(name, old)
         if new != old and not (name == "epochs" and new > old and saved["schedule"] in GAMMA):
             flag = f"--{name.replace('_', '-')}"

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import mnist
-from test_mnist import IMAGES, data_dir, run_small  # noqa: F401
+from test_mnist import IMAGES, data_dir, run  # noqa: F401
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -51,10 +51,10 @@ def pictures_of(digit):
     yield photo
 
 
-def test_the_statistics_of_one_seed_or_many(run_small, capsys):  # noqa: F811
+def test_the_statistics_of_one_seed_or_many(run, capsys):  # noqa: F811
     code = re.search(r"<<END\n(.*?)END", README, re.DOTALL)[1]
     for seed in (1, 2):
-        run_small("--epochs 1 --seed", seed, f"--out runs/{seed}")
+        run("--epochs 1 --seed", seed, f"--out runs/{seed}")
         capsys.readouterr()
         exec(code, {})
         line = capsys.readouterr().out
@@ -90,8 +90,8 @@ def test_predict_sees_a_digit_however_given(tmp_path):
         assert centre.item() == pytest.approx(13.5, abs=0.6)
 
 
-def test_predict_says_what_is_wrong_with_a_picture(run_small, tmp_path, capsys):  # noqa: F811
-    run_small("--epochs 1 --out model_checkpoints")
+def test_predict_says_what_is_wrong_with_a_picture(run, tmp_path, capsys):  # noqa: F811
+    run("--epochs 1 --out model_checkpoints")
     Image.new("L", (200, 300), 255).save("blank.png")
     line = Image.new("L", (900, 300), 255)
     ImageDraw.Draw(line).line((40, 150, 860, 150), 0, 5)
