@@ -306,10 +306,10 @@ class TestData:
         assert [len(y) for _, y in pairs] == [30, 30, 30, 10][: 3 if train else 4]
         x, y = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         assert torch.equal(((x[:, 0, 9, 9] * 0.3081 + 0.1307) * 255).round().long(), y)
-        assert len(y.unique()) == len(y)
-        assert torch.equal(y, y.sort()[0]) == (not train)
+        assert (len(y.unique()), torch.equal(y, y.sort()[0])) == (len(y), not train)
         strengths = [k for x, k in seen if 0 <= x.min() <= x.max() < 1]
         assert strengths == [options.get("strength", 1)] * (3 if train else 0)
+        assert len(next(mnist.batches(first(1), 64))[1]) == 1
         for data in ((IMAGES / 255, LABELS), first(0), first(63))[: 3 if train else 2]:
             with pytest.raises(ValueError, match="not 64 of uint8"):
                 next(mnist.batches(data, 64, train=train))
