@@ -502,7 +502,7 @@ class TestRun:
         config, good = mnist.read_settings(path), torch.load(path)
         metrics = good["history"][1]
         cases = [{"history": history} for history in (None, [], [{"a": 1}, metrics], "text")]
-        cases += [{"config": wrong} for wrong in (None, {}, config | {"evaluate": "a.pth"})]
+        cases += [{"config": wrong} for wrong in (None, {}, config | {"a": 1})]
         for wrong in (None, "\x1b[31mred", [], -0.5, math.nan, True, "auto", torch.ones(2)):
             cases += [{"config": config | {k: wrong}} for k in config]
             cases += [{"history": [metrics | {k: wrong}, metrics]} for k in metrics]
@@ -660,7 +660,8 @@ class TestRun:
         before = contents(".")
         for flags in ("--model wide --epochs 9", "--resume"):
             assert run("--dry-run", flags) is None
-            assert capsys.readouterr().out.endswith("all parts work\n")
+            rest = r"  1\* .*\nno plot.*\n\ndry run: all parts work\n$"
+            assert re.search(rest, capsys.readouterr().out)
             assert contents(".") == before
 
     def test_run_suits_standard_preprocessing(self, run, data_dir):
