@@ -636,17 +636,17 @@ class TestRun:
         assert run(flags, 11) is None
 
     def test_report_prints_what_it_writes(self, run, capsys):
-        assert run("--epochs 1") is None
+        assert run("--epochs 2") is None
         printed, metrics = capsys.readouterr().out, metrics_of("out")
-        names = "best_mnist_model.pth metrics.json mnist_model_epoch_1.pth report.txt"
-        assert sorted(path.name for path in contents("out")) == names.split()
+        names = "best_mnist_model metrics mnist_model_epoch_1 mnist_model_epoch_2 report"
+        assert sorted(path.stem for path in contents("out")) == names.split()
         assert (metrics["parameters"], metrics["data"]) == (7954, "mnist")
         assert metrics["config"] == torch.load(BEST)["config"]
         table, report = Path("out/report.txt").read_text().split("\n\n", 1)
         assert printed.count(f"\n{table}\n") == 1
         assert printed.endswith(f"\n\n{report}\nfiles: 'out'\n")
         assert report.startswith(f"mnist test accuracy {metrics['test_accuracy']:.2%}\n7,954 ")
-        start = "mnist: 310 train 90 val 100 test\ncpu, amp off, seed 1, new run in 'out'\n"
+        start = "mnist: 310 train 90 val 100 test\ncpu, amp off, seed 1, new run in 'out'\nConv2d"
         assert printed.startswith(start)
         assert "\nno plot: import of matplotlib" in printed
         assert not re.search(".{80}", printed)
