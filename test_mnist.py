@@ -551,7 +551,7 @@ class TestRun:
         patch(mnist, "draw_digits", lambda n, seed: drawn.append((n, seed)) or data)
         assert run("--epochs 1 --data-dir empty") is None
         assert drawn == [(6000, 0), (1000, 1)]
-        banner = r"!{79}\nSYNTHETIC .*\n.{79}\n.*'empty'/MNIST/raw\n!{79}\n"
+        banner = r"!{79}\nSYNTHETIC .*\n.{78}>\n.*'empty'/MNIST/raw\n!{79}\n"
         assert re.search(banner, capsys.readouterr().out)
         assert [path.name for path in Path("out").iterdir()] == ["synthetic"]
         assert "holds a run" in run("--data synthetic")
