@@ -633,7 +633,7 @@ class TestRun:
         assert same_bits(whole, weights_of(newest))
         assert before == metrics_of("out")
         assert "--epochs is 9, but" in run(flags, 9)
-        assert run(flags, 11) is None
+        assert (run(flags, 11), len(contents("out"))) == (None, 14)
 
     def test_report_prints_what_it_writes(self, run, capsys):
         assert run("--epochs 2") is None
@@ -707,7 +707,7 @@ BAD = ["--epochs 0", "--epochs x", "--batch-size 0", "--val-size 0", "--lr -1"]
 BAD += ["--lr nan", "--lr inf", "--amp x", "--data x", "--out ", "--evaluate "]
 ERRORS = {
     "--out /dev/null": ".* File exists: '/dev/null'",
-    "--out /proc": ".* '/proc(/tmp.*)?'",  # said before training
+    "--out /proc": ".* '/proc(/tmp.*)?'",
     "--evaluate gone": ".* No such file or directory: 'gone'",
     "--data-dir /dev/null": ".* Not a directory: .*",
     "--batch-size 999 --dry-run": "--batch-size 999 is .*",
