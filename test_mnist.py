@@ -744,7 +744,7 @@ class TestCommandLine:
 
     @linux
     def test_main_logs_at_once_until_ctrl_c(self, data_dir):
-        command = f"{sys.executable} {mnist.__file__} {HERE} {SMALL} --epochs 9999"
+        command = f"{sys.executable} -E {mnist.__file__} {HERE} {SMALL} --epochs 999"
         heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         with Popen(command.split(), stdout=PIPE, stderr=PIPE, text=True, preexec_fn=heed) as child:
             lines = iter(child.stdout.readline, "")
