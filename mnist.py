@@ -61,7 +61,7 @@ class ResidualBlock(nn.Module):
 class Network(nn.Module):
     """Layers from normalized images (N, 1, 28, 28) to logits (N, 10)."""
 
-    budget = 0  # fewer parameters than this; 0: any number
+    budget = 0  # it must have fewer parameters; 0: any number
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).flatten(1)
@@ -315,8 +315,7 @@ def train_one_epoch(
 def evaluate(model: nn.Module, data: Split) -> tuple[float, float, Tensor]:
     """Return mean loss, accuracy and logits (N, 10), without autocast."""
     model.eval()
-    size = 2500 if data[0].is_cuda else 500
-    logits = torch.cat([model(x) for x, _ in batches(data, size)])
+    logits = torch.cat([model(x) for x, _ in batches(data, 2500 if data[0].is_cuda else 500)])
     accuracy = (logits.argmax(1) == data[1]).sum().item() / len(logits)
     return F.cross_entropy(logits, data[1]).item(), accuracy, logits
 
@@ -528,13 +527,12 @@ def run(args: Namespace, path: Path | None) -> None:
         print(make_report({"data": name} | measure(model, data["test"], path)))
         return
 
-    sizes = {split: len(labels) for split, (_, labels) in data.items()}
-    config = args.settings | {"data": name, "images": sizes["train"] + sizes["val"]}
+    images = len(data["train"][1]) + len(data["val"][1])
+    config = args.settings | {"data": name, "images": images}
     chosen = fill(", ".join(f"{k} {v}" for k, v in config.items()), 79)
-    counts = ", ".join(f"{n:,} {split}" for split, n in sizes.items())
     new = "NOTHING TO RESUME: new run in" if args.resume else "new run in"
     print(f"resuming {path}" if path else f"{new} {args.out}")
-    print(f"{chosen}\n{counts}; {args.device}, {torch.get_num_threads()} threads")
+    print(f"{args.device}, {torch.get_num_threads()} threads\n{chosen}")
     model.print_model_summary()
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -623,6 +621,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.dry_run and not args.evaluate:
             with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 run(parse_args([*argv, "--epochs=1", f"--out={folder}"]), None)
+                print("\ndry run: all parts work, nothing is kept")
         else:
             run(*open_run(args, argv))
     except KeyboardInterrupt:
