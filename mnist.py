@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import fill
 
-# Idle threads spin for long by default, and slow a busy machine down many times.
+# By default idle threads spin for long, which slows a busy machine down many times.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
@@ -153,14 +153,14 @@ def download_mnist(raw: Path) -> None:
             DATASET(folder, download=True)
         except (RuntimeError, OSError, HTTPException) as error:
             files = ", ".join(Path(name).stem for name, _ in DATASET.resources)
-            raise ConnectionError(f"put {files} into {raw}: {error}") from error
+            raise ConnectionError(f"Put {NAME}'s {files} into {raw}. {error}") from error
 
         for path in Path(folder, DATASET.__name__, "raw").glob("*ubyte"):
             os.replace(path, raw / path.name)  # nobody sees half a file
 
 
 def load_mnist(data_dir: str | Path = "data") -> list[Split]:
-    """Return training and test set; raise OSError, if offline ConnectionError."""
+    """Return training and test set; OSError if damaged, else ConnectionError."""
     root = Path(data_dir).expanduser()
     raw = root / DATASET.__name__ / "raw"
     if not all((raw / name).with_suffix("").exists() for name, _ in DATASET.resources):
@@ -170,7 +170,7 @@ def load_mnist(data_dir: str | Path = "data") -> list[Split]:
         sets = [DATASET(root, train=True), DATASET(root, train=False)]
         for s in sets:
             if len(s.data) != len(s.targets) or s.targets.max() >= len(s.classes):
-                raise ValueError("images and labels do not match")
+                raise ValueError(f"one label an image, below {len(s.classes)}")
     except Exception as error:  # a damaged file can raise anything
         raise OSError(f"{raw} is damaged: delete it ({error!r})") from error
     return [(s.data[:, None], s.targets) for s in sets]
@@ -339,10 +339,10 @@ def write_file(path: Path, content: bytes, new: bool = False) -> None:
 
 
 def save_checkpoint(path, history: list, config: dict, new=False, **parts) -> None:
-    """Save the state of model=... and others, with plain history and config."""
+    """Save the state of model=... and others, history and config."""
     for name, value in (config | history[-1]).items():
         if type(value) not in (bool, int, float, str, list, dict, type(None)):
-            raise TypeError(f"{name} is not plain: {value!r}")
+            raise TypeError(f"{name} must be a plain number or text: {value!r}")
     history, config = json.loads(json.dumps([history, config]))
 
     content = {f"{name}_state_dict": part.state_dict() for name, part in parts.items()}
@@ -453,7 +453,7 @@ def load_data(args: Namespace) -> tuple[str, list[Split]]:
         except ConnectionError as error:
             if args.data != "auto":
                 raise
-            print(f"\n!!! SYNTHETIC digits, for a trial !!!\nFor {NAME}, {error}\n")
+            print(f"\n!!! SYNTHETIC digits, for a trial !!!\n{fill(str(error), 79)}\n")
     return "synthetic", [draw_digits(11_000, seed=0), draw_digits(1_000, seed=1)]
 
 
@@ -591,7 +591,7 @@ def parse_args(argv: list[str], source: Path | None = None) -> Namespace:
 
 
 def open_run(args: Namespace, argv: list[str]) -> tuple[Namespace, Path | None]:
-    """Return the flags, those of a run filled in, and its checkpoint."""
+    """Return the flags, the run's filled in, and its checkpoint."""
     path = args.evaluate or newest_checkpoint(args.out)
     config = load_checkpoint(path)["config"] if path else {}
     if path and not (args.evaluate or args.resume):
