@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import shutil
 import socket
 import sys
 import time
@@ -21,9 +22,8 @@ import zipfile
 from argparse import ArgumentParser, Namespace
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from http.client import HTTPException
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from textwrap import fill
 
 # By default idle threads spin for long, which slows a busy machine down many times.
@@ -83,9 +83,8 @@ class Network(nn.Module):
         self.train(training)
 
         total = self.count_parameters()
-        verdict = "met" if total < self.budget else "EXCEEDED"
-        budget = f" (budget: {self.budget:,}): {verdict}" if self.budget else ""
-        print(f"{type(self).__name__}: {total:,} parameters{budget}")
+        budget = f" (budget: {self.budget:,}): {'met' if total < self.budget else 'EXCEEDED'}"
+        print(f"{type(self).__name__}: {total:,} parameters{budget if self.budget else ''}")
 
 
 class SimpleMNISTNet(Network):
@@ -148,15 +147,17 @@ Split = tuple[Tensor, Tensor]
 def download_mnist(raw: Path) -> None:
     """Download the files into a folder; ConnectionError if offline."""
     raw.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=raw.parent, ignore_cleanup_errors=True) as folder:
-        try:
-            DATASET(folder, download=True)
-        except (RuntimeError, OSError, HTTPException) as error:
-            files = ", ".join(Path(name).stem for name, _ in DATASET.resources)
-            raise ConnectionError(f"Put {NAME}'s {files} into {raw}. {error}") from error
-
-        for path in Path(folder, DATASET.__name__, "raw").glob("*ubyte"):
+    folder = mkdtemp(dir=raw.parent)
+    try:
+        copy = shutil.copytree(raw, Path(folder, DATASET.__name__, "raw"))
+        DATASET(folder, download=True)  # unpacks archives that are there already
+        for path in copy.glob("*ubyte"):
             os.replace(path, raw / path.name)  # nobody sees half a file
+    except Exception as error:  # a network can fail in any way
+        files = ", ".join(Path(name).stem for name, _ in DATASET.resources)
+        raise ConnectionError(f"Put {NAME}'s {files} into {raw}. {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_mnist(data_dir: str | Path = "data") -> list[Split]:
@@ -210,8 +211,7 @@ def draw_digits(n: int, seed: int) -> Split:
 def batches(data: Split, size: int, train=False, strength=1.0) -> Iterator[Split]:
     """Yield normalized float images (size, 1, H, W) and labels (size,).
 
-    The last batch may be smaller. With train=True they are shuffled and
-    augmented, and an incomplete last batch is left out.
+    train=True shuffles, augments, and leaves out an incomplete last batch.
     """
     images, labels = data
     n = len(labels)
@@ -305,9 +305,8 @@ def train_one_epoch(
         correct += hits
         seen += len(y)
         if total and os.isatty(1) and (step % 20 == 0 or step == total):
-            bar = "#" * (5 * step // total)
-            text = f"{title} [{bar:5}] loss {loss_sum / seen:.4f} acc {correct / seen:.2%}"
-            print(text, end="\r", flush=True)
+            bar = f"{title} [{'#' * (5 * step // total):5}] loss {loss_sum / seen:.4f}"
+            print(f"{bar} acc {correct / seen:.2%}", end="\r", flush=True)
     return float(loss_sum) / seen, float(correct) / seen
 
 
@@ -326,8 +325,8 @@ EPOCH, BEST = "mnist_model_epoch_", "best_mnist_model.pth"
 
 def write_file(path: Path, content: bytes, new: bool = False) -> None:
     """Write a whole file or none; if new, never over another (FileExistsError)."""
-    with TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
-        written = Path(folder, path.name)
+    written = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
         with written.open("wb") as file:
             file.write(content)
             file.flush()
@@ -336,6 +335,8 @@ def write_file(path: Path, content: bytes, new: bool = False) -> None:
         if new and path.exists():
             raise FileExistsError(f"another run has written {path}")
         os.replace(written, path)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, history: list, config: dict, new=False, **parts) -> None:
@@ -445,16 +446,16 @@ def fail(message: object) -> None:
     sys.exit(f"mnist.py: error: {' '.join(str(message).split())}")
 
 
-def load_data(args: Namespace) -> tuple[str, list[Split]]:
+def load_data(args: Namespace) -> tuple[str, Split, Split]:
     """Return the name of the data, and training and test set."""
     if args.data != "synthetic":
         try:
-            return NAME, load_mnist(args.data_dir)
+            return NAME, *load_mnist(args.data_dir)
         except ConnectionError as error:
             if args.data != "auto":
                 raise
             print(f"\n!!! SYNTHETIC digits, for a trial !!!\n{fill(str(error), 79)}\n")
-    return "synthetic", [draw_digits(11_000, seed=0), draw_digits(1_000, seed=1)]
+    return "synthetic", draw_digits(11_000, seed=0), draw_digits(1_000, seed=1)
 
 
 def split_data(args: Namespace, known: Split, test: Split) -> dict[str, Split]:
@@ -516,8 +517,8 @@ def measure(model: nn.Module, test: Split, path: Path) -> dict:
 
 def run(args: Namespace, path: Path | None) -> None:
     """Train, from path if any, and report; or only test path."""
-    name, sets = load_data(args)
-    data = split_data(args, *sets)
+    name, known, test = load_data(args)
+    data = split_data(args, known, test)
     torch.manual_seed(args.seed * 10_000 % 2**64)
     torch.backends.cudnn.deterministic = True
     # channels_last is a third faster; on mps it has bugs.
@@ -527,8 +528,7 @@ def run(args: Namespace, path: Path | None) -> None:
         print(make_report({"data": name} | measure(model, data["test"], path)))
         return
 
-    images = len(data["train"][1]) + len(data["val"][1])
-    config = args.settings | {"data": name, "images": images}
+    config = args.settings | {"data": name, "images": len(known[1])}
     chosen = fill(", ".join(f"{k} {v}" for k, v in config.items()), 79)
     new = "NOTHING TO RESUME: new run in" if args.resume else "new run in"
     print(f"resuming {path}" if path else f"{new} {args.out}")
@@ -541,9 +541,8 @@ def run(args: Namespace, path: Path | None) -> None:
     keep_best(args.out, history)  # a kill may have come before it
     metrics |= measure(model, data["test"], args.out / BEST)
     report = f"{make_report(metrics)}\n\n{chosen}\n"
-    table = "\n".join(make_table(history))
     write_file(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
-    write_file(args.out / "report.txt", f"{table}\n\n{report}".encode())
+    write_file(args.out / "report.txt", "\n".join([*make_table(history), "", report]).encode())
     try:
         write_file(args.out / "training_metrics.png", draw_plot(history))
     except Exception as error:  # no matplotlib
@@ -619,9 +618,10 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         if args.dry_run and not args.evaluate:
-            with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                run(parse_args([*argv, "--epochs=1", f"--out={folder}"]), None)
-                print("\ndry run: all parts work, nothing is kept")
+            folder = mkdtemp()
+            run(parse_args([*argv, "--epochs=1", f"--out={folder}"]), None)
+            shutil.rmtree(folder, ignore_errors=True)
+            print("\ndry run: all parts work, nothing is kept")
         else:
             run(*open_run(args, argv))
     except KeyboardInterrupt:
