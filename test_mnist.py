@@ -111,7 +111,7 @@ def weights_of(path):
     return torch.load(path)["model_state_dict"]
 
 
-def metrics_of(out):
+def metrics_of(out="out"):
     return json.loads(Path(out, "metrics.json").read_text())
 
 
@@ -153,7 +153,7 @@ class TestModel:
         model = mnist.MODELS[name]().eval()
         assert model(torch.randn(n, 1, 28, 28)).shape == (n, 10)
 
-    def test_simple_has_batch_norm_relu_pooling_and_dropout(self):
+    def test_simple_is_made_of_what_was_asked(self):
         layers = leaves(mnist.SimpleMNISTNet())
         kinds = [type(m).__name__ for m in layers]
         after = [b for a, b in pairwise(kinds) if a == "Conv2d"]
@@ -218,7 +218,6 @@ class TestModel:
 # ----------------------------------------------------------------------------------------- Data
 MAPS = {  # draws of turn, scale, shear, right, down: the matrix and the shift
     (1.0, 0.5, 0.5, 0.5, 0.5): (0.974, -0.225, 0.225, 0.974, 0, 0),  # 13 degrees
-    (0.0, 0.5, 0.5, 0.5, 0.5): (0.974, 0.225, -0.225, 0.974, 0, 0),
     (0.5, 1.0, 0.5, 0.5, 0.5): (1.13, 0, 0, 1.13, 0, 0),
     (0.5, 0.5, 1.0, 0.5, 0.5): (1, 0.13, 0, 1, 0, 0),
     (0.5, 0.5, 0.5, 1.0, 0.0): (1, 0, 0, 1, 2.6, -2.6),
@@ -227,7 +226,7 @@ MAPS = {  # draws of turn, scale, shear, right, down: the matrix and the shift
 
 
 class TestData:
-    def test_missing_files_are_downloaded_for_several(self, data_dir, patch):
+    def test_several_download_missing_files(self, data_dir, patch):
         for path in (data_dir / "MNIST/raw").iterdir():
             Path(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
         Path("new/MNIST/raw").mkdir(parents=True)
@@ -309,7 +308,7 @@ class TestData:
     def test_digits_are_drawn_as_their_labels(self, patch):
         assert torch.equal(mnist.draw_digits(500, 0)[0], IMAGES)
         assert not torch.equal(mnist.draw_digits(500, 1)[0], IMAGES)
-        patch(mnist, "augment", lambda images, strength: images)
+        patch(mnist, "augment", lambda x, k: x)
         images, labels = mnist.draw_digits(500, 0)
         small = images[:, 0, 4:24:4, 8:20:4] // 255
 
@@ -318,7 +317,7 @@ class TestData:
 
     @each("options", [{}, {"train": True}, {"train": True, "strength": 0.3}])
     def test_batches_hold_each_image_once(self, patch, options):
-        train, augment = bool(options), Mock(side_effect=lambda images, strength: images)
+        train, augment = bool(options), Mock(side_effect=lambda x, k: x)
         patch(mnist, "augment", augment)
         numbers = torch.arange(100)
         images = numbers.byte().view(100, 1, 1, 1).expand(100, 1, 28, 28)
@@ -509,7 +508,7 @@ class TestCheckpoints:
                 mnist.load_checkpoint(saved[1], **new_state()._asdict())
         assert not touched.exists()
 
-    def test_the_newest_is_of_the_last_epoch_else_the_best(self, tmp_path):
+    def test_the_newest_is_the_last_else_the_best(self, tmp_path):
         for name in ("best_mnist_model_7", "mnist_model_epoch_7 (1)"):
             (tmp_path / f"{name}.pth").touch()
         assert mnist.newest_checkpoint(tmp_path) is None
@@ -569,7 +568,7 @@ class TestRun:
         for more in ("--data mnist", "--out other --resume"):
             assert "into empty/MNIST/raw" in main("--data-dir empty", more)
         assert run(flags) is None
-        printed, metrics = capsys.readouterr().out, metrics_of("out")
+        printed, metrics = capsys.readouterr().out, metrics_of()
         assert re.search(r"!!! SYNTHETIC .*\nPut mnist's train-images", printed)
         assert "synthetic test accuracy" in printed
         assert metrics["data"] == "synthetic"
@@ -586,7 +585,7 @@ class TestRun:
         mnist.load_checkpoint(BEST, model=net)
         known, test = mnist.load_mnist("data")
 
-        metrics = metrics_of("out")
+        metrics = metrics_of()
         [m] = metrics["history"]
         for split, data in (("val", [t[310:] for t in known]), ("test", test)):
             loss, accuracy, logits = mnist.evaluate(net, data)
@@ -611,31 +610,31 @@ class TestRun:
 
         patch(mnist, "evaluate", planned)
         run("--epochs", len(losses))
-        metrics, best = metrics_of("out"), losses.index(1)
+        metrics, best = metrics_of(), losses.index(1)
         assert torch.load(BEST)["epoch"] == metrics["best_epoch"] == best + 1
         assert metrics["test_accuracy"] == metrics["history"][best]["test_accuracy"]
 
     @each(("model", "factor"), [("simple", 1), ("wide", 2)])
-    def test_epochs_draw_anew_and_distort_less_and_less(self, run, patch, model, factor):
-        augment = Mock(side_effect=lambda images, strength: images)
+    def test_epochs_distort_less_and_less(self, run, patch, model, factor):
+        augment = Mock(side_effect=lambda x, k: x)
         patch(mnist, "augment", augment)
         run(f"--epochs 5 --seed 3 --lr 0.01 --model {model}")
         calls = [call.args for call in augment.call_args_list]
         assert len({images.sum().item() for images, _ in calls}) == 30
         strengths = [strength / factor for _, strength in calls[::6]]
         assert strengths == approx([0.93, 0.79, 0.65, 0.51, 0.37])
-        rates = [m["lr"] for m in metrics_of("out")["history"]]
+        rates = [m["lr"] for m in metrics_of()["history"]]
         assert rates == approx([4e-4, 0.01, 8.5e-3, 5e-3, 1.5e-3], rel=0.1)
 
     @each("kind", KINDS)
-    def test_a_resumed_run_has_the_bits_of_a_whole_one(self, run, kind):
+    def test_a_resumed_run_ends_as_a_whole_one(self, run, kind):
         model, amp, schedule = kind.split()
         run(f"--epochs 3 --lr 0.01 --model {model} --amp {amp} --schedule {schedule}")
-        whole, metrics = weights_of(LAST), metrics_of("out")
+        whole, metrics = weights_of(LAST), metrics_of()
         LAST.unlink()
         assert main("--resume") is None
         assert same_bits(whole, weights_of(LAST))
-        assert metrics == metrics_of("out")
+        assert metrics == metrics_of()
 
     def test_a_run_does_not_go_on_with_other_data(self, run):
         run("--epochs 1 --schedule step")
@@ -647,14 +646,14 @@ class TestRun:
         assert "loss of epoch 1 is not finite: try a lower" in run("--lr 1e9")
         assert contents("out") == {}
 
-    def test_an_epoch_is_saved_before_its_row_is_printed(self, run, patch):
+    def test_an_epoch_is_saved_before_printed(self, run, patch):
         patch(mnist, "make_table", Mock(side_effect=[[], BrokenPipeError("gone")]))
         assert run("--epochs 2") == f"{ERROR}gone"
         assert BEST.exists()
 
     def test_a_run_prints_what_it_writes(self, run, capsys):
         assert run("--epochs 2") is None
-        printed, metrics = capsys.readouterr().out, metrics_of("out")
+        printed, metrics = capsys.readouterr().out, metrics_of()
         chosen = (
             "model simple, data mnist, val_size 90, epochs 2, batch_size 50, lr 0.1,\n"
             "schedule onecycle, seed 1, amp off, images 400\n"
@@ -675,7 +674,7 @@ class TestRun:
         assert metrics["parameters"] == 7954
         assert metrics["config"] == torch.load(BEST)["config"]
 
-    def test_a_plot_is_drawn_where_matplotlib_is(self, data_dir):
+    def test_a_plot_is_drawn(self, data_dir):
         pytest.importorskip("matplotlib.figure")
         main(SMALL, "--epochs 2")
         assert Path("out/training_metrics.png").read_bytes().startswith(b"\x89PNG")
@@ -716,8 +715,7 @@ ERRORS = {
 }
 CLASHES = ["lr 0.3 0.1", "batch-size 60 50", "epochs 15 1", "seed 2 1"]
 CLASHES += ["amp bf16 off", "schedule step onecycle", "model wide simple"]
-IMPOSSIBLE = [("lr", "\x1b[31mred"), ("epochs", -1), ("epochs", [1, 2]), ("amp", "auto")]
-IMPOSSIBLE += [("model", 0), ("batch_size", math.nan), ("seed", 0.5), ("val_size", True)]
+IMPOSSIBLE = [("lr", "\x1b[31mred"), ("epochs", [1, 2]), ("model", 0), ("seed", 0.5)]
 
 
 class TestCommandLine:
@@ -726,7 +724,7 @@ class TestCommandLine:
         assert main(f"--{flag}") == 2
         assert f"--{flag.split('=')[0]}" in capsys.readouterr().err.splitlines()[-1]
 
-    def test_defaults_follow_network_and_device(self, patch):
+    def test_defaults_follow_the_device(self, patch):
         args = mnist.parse_args(["--device", "cpu"])
         kept = {"model": "simple", "data": "auto", "val_size": 5000, "epochs": 15}
         kept |= {"batch_size": 64, "lr": 0.4, "schedule": "onecycle", "seed": 1}
@@ -749,7 +747,7 @@ class TestCommandLine:
     def test_what_fails_is_said_in_one_line(self, run, flags):
         assert re.fullmatch(ERROR + ERRORS[flags], run(flags))
 
-    def test_a_folder_that_holds_a_run_is_left_alone(self, run, data_dir):
+    def test_a_folder_with_a_run_is_left_alone(self, run, data_dir):
         run("--epochs 1")
         shutil.rmtree(data_dir)  # said before the data is loaded
         for name in ("report.txt", "mnist_model_epoch_1.pth"):  # BEST is a run
@@ -775,7 +773,7 @@ class TestCommandLine:
         error = main(f"--resume --{flag} {new}")
         assert f"--{flag} is {new}, but out/mnist_model_epoch_1.pth has {old}" in error
 
-    def test_a_finished_run_is_mended_or_made_longer(self, run):
+    def test_a_finished_run_can_be_made_longer(self, run):
         run("--epochs 2 --schedule step")
         before = contents(".")
         BEST.unlink()  # as if killed before it was written
@@ -783,7 +781,7 @@ class TestCommandLine:
         assert contents(".") == before
         assert "--epochs is 1, but" in main("--resume --epochs 1")
         assert main("--resume --epochs 3") is None
-        assert len(metrics_of("out")["history"]) == 3
+        assert len(metrics_of()["history"]) == 3
 
     @each(("name", "value"), IMPOSSIBLE)
     def test_impossible_settings_are_refused(self, run, name, value):
