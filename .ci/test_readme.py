@@ -4,17 +4,34 @@
 import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from torchvision import datasets, transforms
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import mnist
-from test_mnist import IMAGES, data_dir, run  # noqa: F401
+from test_mnist import (  # noqa: F401
+    BEST,
+    ERROR,
+    IMAGES,
+    LAST,
+    SMALL,
+    SPLITS,
+    data_dir,
+    known_history,
+    metrics_of,
+    run,
+    same_bits,
+    weights_of,
+    write_mnist,
+)
+from test_mnist import main as call
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -69,14 +86,126 @@ def test_the_loop_runs_and_the_diff_applies(data_dir, capsys):  # noqa: F811
     assert "test accuracy" in capsys.readouterr().out
 
 
+@pytest.fixture
+def adapted(monkeypatch):
+    """Put an edited copy of mnist.py in its place, as people make them."""
+
+    def edit(*changes):
+        source = Path(mnist.__file__).read_text(encoding="utf-8")
+        for old, new in changes:
+            assert source.count(old) == 1, f"to be edited, but not once in mnist.py: {old}"
+            source = source.replace(old, new)
+        exec(source, names := {"__name__": "adapted"})
+        monkeypatch.setattr(mnist, "main", names["main"])
+        return names
+
+    return edit
+
+
+SGD = "SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-5, nesterov=True)"
+ONECYCLE = "OneCycleLR(sgd, lr, total, pct_start=0.2, cycle_momentum=False)"
+COSINE = "torch.optim.lr_scheduler.CosineAnnealingLR(sgd, total)"
+OPTIMIZERS = [
+    (SGD, "torch.optim.AdamW(model.parameters(), lr / 100)"),
+    (SGD, "torch.optim.RMSprop(model.parameters(), lr / 100)"),
+    (SGD, "SGD([{'params': [p]} for p in model.parameters()], lr, momentum=0.9)"),
+    (ONECYCLE, COSINE),
+]
+SEED, SECONDS = '    flag("--seed"', '        m["seconds"] ='
+SETTINGS = [  # as given by hand, as defined, as kept
+    ("", "type=float, default=0.0", 0.0),
+    ("--new 0.5", "type=float, default=0.0", 0.5),
+    ("--new a=b", "default='a -b'", "a=b"),
+    ("", "default='a -b'", "a -b"),
+    ("", "type=int", None),
+    ("", "action='store_true'", False),
+    ("--new", "action='store_true'", True),
+]
+METRICS = {"a": "-0.5", "b": "math.nan", "c": "True", "d": "[1, 2.5]", "e": "None", "f": "'x'"}
+
+
+@pytest.mark.parametrize("change", OPTIMIZERS)
+def test_any_optimizer_and_schedule_trains_and_resumes(run, adapted, change):  # noqa: F811
+    adapted(change)
+    run("--epochs 3")
+    whole = weights_of(LAST)
+    LAST.unlink()
+    assert call("--resume") is None
+    assert same_bits(whole, weights_of(LAST))
+    assert not same_bits(whole, weights_of("out/mnist_model_epoch_1.pth"))
+
+
+@pytest.mark.parametrize(("given", "defined", "kept"), SETTINGS)
+def test_a_flag_added_is_a_setting_of_the_run(run, adapted, given, defined, kept):  # noqa: F811
+    adapted((SEED, f'    flag("--new", {defined})\n{SEED}'))
+    run("--epochs 3", given)
+    LAST.unlink()
+    assert call("--resume") is None
+    assert metrics_of()["config"]["new"] == kept
+    assert call(f"--evaluate {BEST}") is None
+    if kept is False:
+        assert "--new is True, but" in call("--resume --new")
+
+
+def test_a_metric_added_is_saved_and_read_again(run, adapted):  # noqa: F811
+    lines = "".join(f"        m['{name}'] = {value}\n" for name, value in METRICS.items())
+    adapted((SECONDS, lines + SECONDS))
+    run("--epochs 3")
+    LAST.unlink()
+    assert call("--resume") is None
+    assert call(f"--evaluate {BEST}") is None
+    for m in metrics_of()["history"]:
+        assert repr([m[name] for name in METRICS]) == "[-0.5, nan, True, [1, 2.5], None, 'x']"
+
+
 @pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST"])
-def test_another_data_set_is_a_change_of_one_word(data_dir, name):  # noqa: F811
-    source = Path(mnist.__file__).read_text(encoding="utf-8")
-    names = {"__name__": "other"}
-    exec(source.replace("DATASET = datasets.MNIST", f"DATASET = datasets.{name}"), names)
-    (data_dir / "MNIST").rename(data_dir / name)
-    train, test = names["load_mnist"](data_dir)
+def test_another_data_set_is_a_change_of_one_word(run, adapted, capsys, name):  # noqa: F811
+    write_mnist(Path(f"data/{name}/raw"))
+    train, test = adapted(("datasets.MNIST  #", f"datasets.{name}  #"))["load_mnist"]("data")
     assert torch.equal(torch.cat([train[0], test[0]]), IMAGES)
+    assert run("--epochs 1") is None
+    assert f"\n{name.lower()} test accuracy" in capsys.readouterr().out
+    assert metrics_of()["data"] == torch.load(BEST)["config"]["data"] == name.lower()
+
+
+def test_a_checkpoint_of_another_data_set_is_refused(run, adapted, monkeypatch):  # noqa: F811
+    write_mnist(Path("data/FashionMNIST/raw"))
+    with monkeypatch.context() as patched:
+        patched.setattr(mnist, "main", mnist.main)
+        adapted(("datasets.MNIST  #", "datasets.FashionMNIST  #"))
+        run("--epochs 1")
+        patched.undo()
+    for flags in ("--resume", f"--evaluate {BEST}"):
+        line = rf"{ERROR}out/.*pth: argument --data: .*'fashionmnist'.*"
+        assert re.fullmatch(line, call(flags))
+
+
+def test_the_weights_suit_standard_preprocessing(run, data_dir):  # noqa: F811
+    run("--epochs 25 --lr 0.05")
+    model = mnist.SimpleMNISTNet().eval()
+    model.load_state_dict(weights_of(BEST))
+    normalize = transforms.Normalize((0.1307,), (0.3081,))
+    transform = transforms.Compose([transforms.ToTensor(), normalize])
+    images = datasets.MNIST(data_dir, train=False, transform=transform)
+    hits = sum(model(x[None]).argmax().item() == y for x, y in images)
+    assert hits / 100 == metrics_of()["test_accuracy"] > 0.15
+
+
+@pytest.mark.parametrize(("epochs", "ticks"), [(1, [1]), (45, [*range(1, 46, 3)])])
+def test_a_plot_shows_loss_and_accuracy_of_each_split(monkeypatch, epochs, ticks):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    save = Mock(side_effect=figure.savefig)
+    monkeypatch.setattr(figure, "savefig", lambda *args, **options: save(*args, **options))
+    history = known_history(epochs)
+    assert mnist.draw_plot(history).startswith(b"\x89PNG")
+
+    for axes, key in zip(save.call_args.args[0].axes, ("loss", "accuracy"), strict=True):
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert [*names, axes.get_xlabel(), axes.get_ylabel()] == [*SPLITS, "epoch", key]
+        curves = [[m[f"{split}_{key}"] for m in history] for split in SPLITS]
+        assert [line.get_ydata().tolist() for line in axes.lines] == curves
+        assert len({line.get_linestyle() for line in axes.lines}) == 3
+        assert axes.get_xticks().tolist() == ticks
 
 
 def test_predict_sees_a_digit_however_given(tmp_path):
