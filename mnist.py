@@ -4,8 +4,8 @@
 # ///
 """MNIST in plain PyTorch: 7,954 parameters, 99.57 ± 0.04% (10 seeds; epoch by validation).
 
-    python mnist.py --epochs 15 --device cuda    train, test and report
-    python mnist.py --resume                     continue after an interruption
+    python mnist.py --epochs 15 --device cuda    train, test and report on a GPU
+    python mnist.py --resume                     go on after an interruption
 
 Sections: Model, Data, Training, Checkpoints, Report, Run, Command line.
 """
@@ -23,10 +23,10 @@ from argparse import ArgumentParser, Namespace
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from textwrap import fill
 
-# By default idle threads spin for long, which slows a busy machine down many times.
+# Before torch is loaded: idle threads that spin for long slow a busy machine many times.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
@@ -39,7 +39,7 @@ from torchvision import datasets
 
 # ---------------------------------------------------------------------------------------- Model
 def conv_block(c_in: int, c_out: int, k: int, norm: bool = True) -> nn.Sequential:
-    """Return convolution, batch norm, ReLU. Digits have margins: no padding."""
+    """Return convolution, batch norm, ReLU. No padding: digits have margins."""
     norms = [nn.BatchNorm2d(c_out)] if norm else []
     return nn.Sequential(nn.Conv2d(c_in, c_out, k, bias=False), *norms, nn.ReLU())
 
@@ -59,9 +59,9 @@ class ResidualBlock(nn.Module):
 
 
 class Network(nn.Module):
-    """Layers from normalized images (N, 1, 28, 28) to logits (N, 10)."""
+    """self.layers, from normalized images (N, 1, 28, 28) to logits (N, 10)."""
 
-    budget = 0  # it must have fewer parameters; 0: any number
+    budget = 0  # parameters must be fewer; 0: no limit
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).flatten(1)
@@ -74,7 +74,7 @@ class Network(nn.Module):
     def print_model_summary(self) -> None:
         """Print layers, output shapes and numbers of parameters."""
         first, training = next(self.parameters()), self.training
-        x = first.new_zeros(1, first.shape[1], 28, 28)
+        x = first.new_zeros(1, first.shape[1] if first.dim() == 4 else 1, 28, 28)
         for layer in self.eval().layers:
             x = layer(x)
             names = ", ".join(type(m).__name__ for m in layer.modules() if not list(m.children()))
@@ -140,40 +140,38 @@ MODELS = {"simple": SimpleMNISTNet, "wide": WideMNISTNet}
 DATASET = datasets.MNIST  # or FashionMNIST, KMNIST
 NAME = DATASET.__name__.lower()
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels, from 0 to 1
-# uint8 images (N, 1, H, W) and int64 labels (N,).
+# Images (N, 1, H, W), uint8 until batches makes them float; int64 labels (N,).
 Split = tuple[Tensor, Tensor]
 
 
 def download_mnist(raw: Path) -> None:
-    """Download the files into a folder; ConnectionError if offline."""
+    """Download into raw, whole files or none; ConnectionError if offline."""
     raw.mkdir(parents=True, exist_ok=True)
     folder = mkdtemp(dir=raw.parent)
     try:
-        copy = shutil.copytree(raw, Path(folder, DATASET.__name__, "raw"))
-        DATASET(folder, download=True)  # unpacks archives that are there already
-        for path in copy.glob("*ubyte"):
+        DATASET(folder, download=True)
+        for path in Path(folder, DATASET.__name__, "raw").glob("*ubyte"):
             os.replace(path, raw / path.name)  # nobody sees half a file
-    except Exception as error:  # a network can fail in any way
+    except (RuntimeError, ConnectionError, TimeoutError) as error:
         files = ", ".join(Path(name).stem for name, _ in DATASET.resources)
-        raise ConnectionError(f"Put {NAME}'s {files} into {raw}. {error}") from error
+        raise ConnectionError(f"No download: put {files} into {raw}. {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_mnist(data_dir: str | Path = "data") -> list[Split]:
-    """Return training and test set; OSError if damaged, else ConnectionError."""
-    root = Path(data_dir).expanduser()
-    raw = root / DATASET.__name__ / "raw"
+    """Return training and test set; ConnectionError if there are none, OSError."""
+    raw = Path(data_dir).expanduser() / DATASET.__name__ / "raw"
     if not all((raw / name).with_suffix("").exists() for name, _ in DATASET.resources):
         download_mnist(raw)
 
     try:
-        sets = [DATASET(root, train=True), DATASET(root, train=False)]
+        sets = [DATASET(raw.parents[1], train=train) for train in (True, False)]
         for s in sets:
             if len(s.data) != len(s.targets) or s.targets.max() >= len(s.classes):
                 raise ValueError(f"one label an image, below {len(s.classes)}")
     except Exception as error:  # a damaged file can raise anything
-        raise OSError(f"{raw} is damaged: delete it ({error!r})") from error
+        raise OSError(f"cannot read {raw}; if damaged, delete it: {error!r}") from error
     return [(s.data[:, None], s.targets) for s in sets]
 
 
@@ -182,10 +180,11 @@ def augment(images: Tensor, strength: float = 1.0) -> Tensor:
 
     At strength 1 by up to 13 degrees, 13%, 13% and 2.6 pixels; at 0 not at all.
     """
-    n, pixel = len(images), 2 / images.shape[-1]  # the grid spans -1 to 1
-    turn, grow, skew, right, down = strength * (2 * torch.rand(5, n, device=images.device) - 1)
-    angle, scale, shear = turn * math.radians(13), 1 + grow * 0.13, skew * 0.13
-    shift_x, shift_y = right * 2.6 * pixel, down * 2.6 * pixel
+    n, pixel = len(images), 2 / images.shape[-1]
+    # The grid says, from -1 to 1, where each pixel is read.
+    turn, spread, skew, dx, dy = strength * (2 * torch.rand(5, n, device=images.device) - 1)
+    angle, scale, shear = turn * math.radians(13), 1 + spread * 0.13, skew * 0.13
+    shift_x, shift_y = dx * 2.6 * pixel, dy * 2.6 * pixel
     cos, sin = scale * angle.cos(), scale * angle.sin()
     rows = [cos, shear * cos - sin, shift_x, sin, shear * sin + cos, shift_y]
     grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), images.shape, align_corners=False)
@@ -198,9 +197,10 @@ def augment(images: Tensor, strength: float = 1.0) -> Tensor:
 
 def draw_digits(n: int, seed: int) -> Split:
     """Return n distorted digits of a tiny font. Seeds torch."""
-    font = "75557 26227 71747 71717 55711 74717 74757 71222 75757 75717"  # octal
+    # Five rows of three bits a digit.
+    font = "75557 26227 71747 71717 55711 74717 74757 71222 75757 75717"
     rows = torch.tensor([[int(row) for row in digit] for digit in font.split()])
-    pixels = rows[:, None, :, None] >> torch.tensor([2, 1, 0]) & 1  # (10, 1, 5, 3)
+    pixels = (rows[:, None, :, None] >> torch.tensor([2, 1, 0])) & 1  # (10, 1, 5, 3)
     glyphs = F.pad(F.interpolate(pixels.float(), scale_factor=4), (8, 8, 4, 4))
     torch.manual_seed(seed)
     labels = torch.randint(10, (n,))
@@ -221,7 +221,7 @@ def batches(data: Split, size: int, train=False, strength=1.0) -> Iterator[Split
         raise ValueError(f"{n} images do not fill a batch of {size}")
 
     order = torch.randperm(n)[: n // size * size] if train else torch.arange(n)
-    # A GPU augments many batches in the time of one.
+    # A GPU augments 50 batches in the time of one.
     chunk = 50 * size if images.is_cuda else size
     for index in order.to(labels.device).split(chunk):
         x = images[index] / 255
@@ -234,7 +234,7 @@ def batches(data: Split, size: int, train=False, strength=1.0) -> Iterator[Split
 # ------------------------------------------------------------------------------------- Training
 # The recipe, with the numbers in make_state: chosen on validation images.
 RECIPES = {"simple": {"lr": 0.4, "strength": 1.0}, "wide": {"lr": 0.1, "strength": 2.0}}
-GAMMA = {"step": 0.7, "constant": 1.0}  # the rate's factor, each epoch
+GAMMA = {"step": 0.7, "constant": 1.0}  # the rate's factor each epoch
 PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # All that a training step updates.
@@ -247,7 +247,7 @@ def make_state(
     """Return what to train with; lr is the peak, steps are an epoch's."""
     sgd = SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-5, nesterov=True)
     if schedule == "onecycle":  # Smith and Topin (2018)
-        total = max(10, epochs * steps + 1)  # fewer would divide by zero
+        total = max(10, epochs * steps + 1)  # it fails with fewer
         scheduler = OneCycleLR(sgd, lr, total, pct_start=0.2, cycle_momentum=False)
     else:
         scheduler = StepLR(sgd, steps, GAMMA[schedule])
@@ -277,7 +277,7 @@ def train_one_epoch(
 ) -> tuple[float, float]:
     """Train on each batch of images and labels; return mean loss and accuracy.
 
-    amp: a dtype for autocast. total: steps, for a bar in a terminal, after title.
+    amp: autocast's dtype. total: number of steps, for a bar in a terminal, after title.
     graph: on CUDA, replay forward and backward pass.
     """
     model, optimizer, scheduler, scaler = state
@@ -294,7 +294,7 @@ def train_one_epoch(
     # Sums stay on the device: .item() would wait for it in each step.
     loss_sum, correct, seen = 0.0, 0.0, 0
     for step, (x, y) in enumerate(loader, 1):
-        if graph and step == 4:  # the first ones set things up
+        if graph and step == 4:  # three set things up
             forward_backward = record(forward_backward, x, y)
         loss, hits = forward_backward(x, y)
         scaler.step(optimizer)
@@ -324,7 +324,7 @@ EPOCH, BEST = "mnist_model_epoch_", "best_mnist_model.pth"
 
 
 def write_file(path: Path, content: bytes, new: bool = False) -> None:
-    """Write a whole file or none; if new, never over another (FileExistsError)."""
+    """Write a whole file or none; if new, FileExistsError if there is one."""
     written = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         with written.open("wb") as file:
@@ -340,10 +340,11 @@ def write_file(path: Path, content: bytes, new: bool = False) -> None:
 
 
 def save_checkpoint(path, history: list, config: dict, new=False, **parts) -> None:
-    """Save the state of model=... and others, history and config."""
+    """Save history, config, and the state of model=... and other parts."""
     for name, value in (config | history[-1]).items():
         if type(value) not in (bool, int, float, str, list, dict, type(None)):
             raise TypeError(f"{name} must be a plain number or text: {value!r}")
+    # As metrics.json will have them: what JSON cannot hold fails here.
     history, config = json.loads(json.dumps([history, config]))
 
     content = {f"{name}_state_dict": part.state_dict() for name, part in parts.items()}
@@ -354,7 +355,7 @@ def save_checkpoint(path, history: list, config: dict, new=False, **parts) -> No
 
 
 def load_checkpoint(path: str | Path, **parts: object) -> dict:
-    """Return a checkpoint, and restore model=... and others from it.
+    """Return a checkpoint, and restore model=... and other parts from it.
 
     Runs none of its code. OSError if it is missing, damaged or does not fit.
     """
@@ -364,9 +365,9 @@ def load_checkpoint(path: str | Path, **parts: object) -> dict:
         damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         finite = all(w.isfinite().all() for w in saved["model_state_dict"].values())
-        plain = len(saved["history"]) == saved["epoch"] and type(saved["config"]) is dict
-        if damaged or not finite or not plain:
-            raise ValueError("other numbers")
+        consistent = len(saved["history"]) == saved["epoch"] and type(saved["config"]) is dict
+        if damaged or not finite or not consistent:
+            raise ValueError("checksum or weights")
         for name, part in parts.items():
             part.load_state_dict(saved[f"{name}_state_dict"])
     except Exception as error:
@@ -392,7 +393,7 @@ def keep_best(folder: Path, history: list[dict]) -> None:
 
 # --------------------------------------------------------------------------------------- Report
 def make_table(history: list[dict]) -> list[str]:
-    """Return a header and rows; * is the best so far, # is 0.2% of error."""
+    """Return a header and rows; * is the best so far, # 0.2% of error."""
     lines = ["epoch     lr           train             val            test seconds  val error"]
     lowest = math.inf
     for m in history:
@@ -437,7 +438,7 @@ def draw_plot(history: list[dict]) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------ Run
-# Flags of a command; all others are settings of the run, kept in its checkpoints.
+# Flags of a command. All others are settings of the run, saved in its checkpoints.
 COMMAND = ("data_dir", "device", "out", "resume", "evaluate", "dry_run")
 
 
@@ -454,7 +455,7 @@ def load_data(args: Namespace) -> tuple[str, Split, Split]:
         except ConnectionError as error:
             if args.data != "auto":
                 raise
-            print(f"\n!!! SYNTHETIC digits, for a trial !!!\n{fill(str(error), 79)}\n")
+            print(f"\n!!! SYNTHETIC digits, only a trial !!!\n{fill(str(error), 79)}\n")
     return "synthetic", draw_digits(11_000, seed=0), draw_digits(1_000, seed=1)
 
 
@@ -462,7 +463,7 @@ def split_data(args: Namespace, known: Split, test: Split) -> dict[str, Split]:
     """Return the splits on the device; for a dry run, a batch of each."""
     n = max(0, len(known[1]) - args.val_size)
     if n < args.batch_size and not args.evaluate:
-        fail(f"--val-size leaves {n} images, fewer than --batch-size")
+        fail(f"--val-size leaves {n} images, less than a batch")
 
     splits = {"train": [t[:n] for t in known], "val": [t[n:] for t in known], "test": test}
     limit = args.batch_size if args.dry_run and not args.evaluate else None
@@ -470,7 +471,7 @@ def split_data(args: Namespace, known: Split, test: Split) -> dict[str, Split]:
 
 
 def train(args: Namespace, config: dict, model: Network, data: dict, path=None) -> list:
-    """Train the epochs that path, if any, leaves; return the history."""
+    """Start, or go on from path; train; return the history."""
     steps = len(data["train"][1]) // args.batch_size
     state = make_state(model, args.lr, args.schedule, args.epochs, steps, args.amp == "fp16")
     parts = state._asdict()
@@ -553,26 +554,26 @@ def run(args: Namespace, path: Path | None) -> None:
 # --------------------------------------------------------------------------------- Command line
 def parse_args(argv: list[str], source: Path | None = None) -> Namespace:
     """Return all flags; if one is bad, exit, and blame the source."""
-    best = accelerator.current_accelerator().type if accelerator.is_available() else "cpu"
+    device = accelerator.current_accelerator().type if accelerator.is_available() else "cpu"
     parser = ArgumentParser("mnist.py", description="Train on MNIST, test, report.")
     if source:
         parser.error = lambda message: fail(f"{source}: {message}")
-    flag = parser.add_argument
-    flag("--model", choices=MODELS, default="simple", help="network (%(default)s)")
-    flag("--data", choices=["auto", NAME, "synthetic"], default="auto", help="(%(default)s)")
-    flag("--val-size", type=int, default=5000, help="held out (%(default)s)")
-    flag("--epochs", type=int, default=15, help="epochs (%(default)s)")
-    flag("--batch-size", type=int, help="images a step (64, on CUDA 128)")
-    flag("--lr", type=float, help="peak rate (0.4, wide 0.1)")
-    flag("--schedule", choices=["onecycle", *GAMMA], default="onecycle", help="rate (%(default)s)")
-    flag("--seed", type=int, default=1, help="seed (%(default)s)")
-    flag("--amp", choices=PRECISIONS, help="precision (off, on CUDA bf16)")
-    flag("--data-dir", type=Path, default="data", help="its folder (%(default)s)")
-    flag("--device", choices=sorted({"cpu", best}), default=best, help="(%(default)s)")
-    flag("--out", type=Path, default="model_checkpoints", help="to write to (%(default)s)")
-    flag("--resume", action="store_true", help="continue the run in --out")
-    flag("--evaluate", type=Path, metavar="CKPT", help="test a checkpoint only")
-    flag("--dry-run", action="store_true", help="one batch of each split")
+    add = parser.add_argument
+    add("--model", choices=MODELS, default="simple", help="network (%(default)s)")
+    add("--data", choices=["auto", NAME, "synthetic"], default="auto", help="(%(default)s)")
+    add("--val-size", type=int, default=5000, help="held-out images (%(default)s)")
+    add("--epochs", type=int, default=15, help="(%(default)s)")
+    add("--batch-size", type=int, help="images per step (64, on CUDA 128)")
+    add("--lr", type=float, help="peak learning rate (0.4, wide 0.1)")
+    add("--schedule", choices=["onecycle", *GAMMA], default="onecycle", help="(%(default)s)")
+    add("--seed", type=int, default=1, help="(%(default)s)")
+    add("--amp", choices=PRECISIONS, help="precision (off, on CUDA bf16)")
+    add("--data-dir", type=Path, default="data", help="its folder (%(default)s)")
+    add("--device", choices=sorted({"cpu", device}), default=device, help="(%(default)s)")
+    add("--out", type=Path, default="model_checkpoints", help="of the run (%(default)s)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--evaluate", type=Path, metavar="CKPT", help="test a checkpoint only")
+    add("--dry-run", action="store_true", help="one batch, nothing kept")
     args = parser.parse_args(argv)
 
     for name in ("val_size", "epochs", "batch_size", "lr"):
@@ -590,24 +591,26 @@ def parse_args(argv: list[str], source: Path | None = None) -> Namespace:
 
 
 def open_run(args: Namespace, argv: list[str]) -> tuple[Namespace, Path | None]:
-    """Return the flags, the run's filled in, and its checkpoint."""
+    """Return the flags, the others as in the run, and its checkpoint."""
     path = args.evaluate or newest_checkpoint(args.out)
     config = load_checkpoint(path)["config"] if path else {}
     if path and not (args.evaluate or args.resume):
         fail(f"{args.out} holds a run: add --resume, or choose another --out")
 
     flags = []
-    for name, value in config.items():
-        flag = "--" + name.replace("_", "-")
-        if name in args.settings and value is not None and value is not False:
-            flags.append(flag if value is True else f"{flag}={value}")
-    args = parse_args([*flags, *argv], source=path)  # argv wins
+    for name, default in parse_args([]).settings.items():
+        value, option = config.get(name, default), name.replace("_", "-")
+        if isinstance(value, bool) and value != default:
+            flags.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not default:
+            flags.append(f"--{option}={value}")
+    args = parse_args([*flags, *argv], source=path)  # argv counts
 
     for name, new in args.settings.items() if args.resume else ():
-        old = config.get(name, new)
+        old, option = config.get(name, new), name.replace("_", "-")
         longer = name == "epochs" and new > old and args.schedule in GAMMA
         if new != old and not longer:
-            fail(f"--{name.replace('_', '-')} is {new}, but {path} has {old}: omit it")
+            fail(f"--{option} is {new}, but {path} has {old}: omit it")
     return args, path
 
 
@@ -618,14 +621,13 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         if args.dry_run and not args.evaluate:
-            folder = mkdtemp()
-            run(parse_args([*argv, "--epochs=1", f"--out={folder}"]), None)
-            shutil.rmtree(folder, ignore_errors=True)
+            with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                run(parse_args([*argv, "--epochs=1", f"--out={folder}"]), None)
             print("\ndry run: all parts work, nothing is kept")
         else:
             run(*open_run(args, argv))
     except KeyboardInterrupt:
-        print(f"\nstopped: add --resume to go on in {args.out}", file=sys.stderr)
+        print(f"\nstopped: --resume goes on with the run in {args.out}", file=sys.stderr)
         sys.exit(130)
     except (OSError, torch.OutOfMemoryError) as error:
         fail(error)

@@ -20,7 +20,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from http.client import IncompleteRead
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -132,9 +131,8 @@ def first(n):
 
 def known_history(epochs):
     entry = {"lr": 0.4, "seconds": 12.34}
-    for split in SPLITS:
-        entry[f"{split}_loss"] = len(split) / 50
-        entry[f"{split}_accuracy"] = 1 - len(split) / 500
+    entry |= {f"{split}_loss": len(split) / 50 for split in SPLITS}
+    entry |= {f"{split}_accuracy": 1 - len(split) / 500 for split in SPLITS}
     return [{"epoch": epoch} | entry for epoch in range(1, epochs + 1)]
 
 
@@ -153,7 +151,7 @@ class TestModel:
         model = mnist.MODELS[name]().eval()
         assert model(torch.randn(n, 1, 28, 28)).shape == (n, 10)
 
-    def test_simple_is_made_of_what_was_asked(self):
+    def test_simple_has_a_norm_after_each_convolution(self):
         layers = leaves(mnist.SimpleMNISTNet())
         kinds = [type(m).__name__ for m in layers]
         after = [b for a, b in pairwise(kinds) if a == "Conv2d"]
@@ -221,7 +219,6 @@ MAPS = {  # draws of turn, scale, shear, right, down: the matrix and the shift
     (0.5, 1.0, 0.5, 0.5, 0.5): (1.13, 0, 0, 1.13, 0, 0),
     (0.5, 0.5, 1.0, 0.5, 0.5): (1, 0.13, 0, 1, 0, 0),
     (0.5, 0.5, 0.5, 1.0, 0.0): (1, 0, 0, 1, 2.6, -2.6),
-    (0.5, 0.5, 0.5, 0.0, 1.0): (1, 0, 0, 1, -2.6, 2.6),
 }
 
 
@@ -230,7 +227,7 @@ class TestData:
         for path in (data_dir / "MNIST/raw").iterdir():
             Path(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
         Path("new/MNIST/raw").mkdir(parents=True)
-        shutil.move(f"{FILES[0]}.gz", "new/MNIST/raw")  # put there by hand
+        Path("new/MNIST/raw", FILES[0]).touch()  # one file alone is too few
         server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
         datasets.MNIST.mirrors.append(f"http://127.0.0.1:{server.server_port}/")
         patch(datasets.MNIST, "resources", [(f"{name}.gz", None) for name in FILES])
@@ -238,18 +235,19 @@ class TestData:
 
         with ThreadPoolExecutor() as pool:
             _, (train, test), *_ = pool.map(mnist.load_mnist, ["new"] * 4)
-        assert {path.name for path in contents("new")} == {*FILES, f"{FILES[0]}.gz"}
+        assert {path.name for path in contents("new")} == {*FILES}
         for *parts, whole in zip(train, test, (IMAGES, LABELS), strict=True):
             assert torch.equal(torch.cat(parts), whole)
 
-    @each("error", [RuntimeError, IncompleteRead, TimeoutError])
+    @each("error", [RuntimeError, ConnectionResetError, TimeoutError, PermissionError])
     def test_being_offline_is_a_connection_error(self, tmp_path, patch, error):
         def download(self):
             assert Path(self.root).parents[1] == tmp_path  # to rename is atomic
-            raise error(b"")
+            raise error("cut off")
 
         patch(datasets.MNIST, "download", download)
-        with raises(ConnectionError, match=f"{FILES[3]} into {tmp_path}/MNIST/raw"):
+        kind = PermissionError if error is PermissionError else ConnectionError
+        with raises(kind, match="cut off"):
             mnist.load_mnist(tmp_path)
         assert os.listdir(tmp_path / "MNIST") == ["raw"]
 
@@ -262,7 +260,7 @@ class TestData:
         ten = [whole[:-1] + bytes([10])] * ("labels" in name)
         for content in (whole[:-9], whole + b"?", b"", b"\x1f" + whole[1:], *others, *ten):
             path.write_bytes(content)
-            with raises(OSError, match="raw is damaged: delete it"):
+            with raises(OSError, match="raw; if damaged, delete it"):
                 mnist.load_mnist(data_dir)
 
     @each("draws", MAPS)
@@ -314,9 +312,11 @@ class TestData:
 
         ink = [small[labels == n][0].sum().item() for n in range(10)]
         assert ink == [12, 8, 11, 11, 9, 11, 12, 7, 13, 12]
+        two, five = ("".join(" #"[p] for p in small[labels == n][0].flatten()) for n in (2, 5))
+        assert (two, five) == ("###  #####  ###", "####  ###  ####")
 
     @each("options", [{}, {"train": True}, {"train": True, "strength": 0.3}])
-    def test_batches_hold_each_image_once(self, patch, options):
+    def test_batches_hold_no_image_twice(self, patch, options):
         train, augment = bool(options), Mock(side_effect=lambda x, k: x)
         patch(mnist, "augment", augment)
         numbers = torch.arange(100)
@@ -342,9 +342,8 @@ class TestData:
 
     @pytest.mark.skipif(not MNIST_DIR, reason="MNIST_DIR is not set")
     def test_one_epoch_of_real_mnist_reads_98_percent(self, tmp_path):
-        command = f"{sys.executable} {mnist.__file__} --epochs 1 --data mnist"
-        flags = ["--data-dir", MNIST_DIR, "--out", tmp_path]
-        assert Popen([*command.split(), *flags]).wait() == 0
+        flags = f"--epochs 1 --data mnist --data-dir {MNIST_DIR} --out {tmp_path}"
+        assert main(flags) is None
         assert metrics_of(tmp_path)["test_accuracy"] > 0.98
 
 
@@ -441,11 +440,11 @@ class TestCheckpoints:
         assert contents(tmp_path) == {path: b"one"}
 
     def test_a_file_is_on_disk_before_it_has_its_name(self, tmp_path, patch):
-        path, order = tmp_path / "file", Mock()
-        patch(os, "fsync", order.fsync)
-        patch(os, "replace", order.replace)
-        mnist.write_file(path, b"one")
-        assert [call[0] for call in order.method_calls] == ["fsync", "replace"]
+        order, replace = [], os.replace
+        patch(os, "fsync", lambda file: order.append(os.fstat(file).st_size))
+        patch(os, "replace", lambda *paths: order.append("named") or replace(*paths))
+        mnist.write_file(tmp_path / "file", b"four")
+        assert order == [4, "named"]
 
     def test_a_checkpoint_restores_every_part(self, saved):
         (state, path), other = saved, new_state(fp16=True)
@@ -476,8 +475,9 @@ class TestCheckpoints:
         assert (content["history"], content["config"]) == (history, config)
 
     def test_damage_is_refused_and_changes_nothing(self, saved):
-        model, path = saved[0].model, saved[1]
-        good = {k: w.clone() for k, w in model.state_dict().items()}
+        model, path = new_state().model, saved[1]
+        old = {k: w.clone() for k, w in model.state_dict().items()}
+        new = saved[0].model.state_dict()
         whole, rng, refused = path.read_bytes(), random.Random(0), 0
         for i in range(200):
             size = len(whole) if i % 3 else rng.randrange(1, len(whole))
@@ -489,7 +489,8 @@ class TestCheckpoints:
             except OSError:
                 refused += 1
 
-            assert same_bits(good, model.state_dict())  # some bits mean nothing
+            weights = model.state_dict()  # some bits mean nothing
+            assert same_bits(old, weights) or same_bits(new, weights)
         assert refused > 150
 
     def test_what_is_no_checkpoint_is_refused_not_run(self, saved, tmp_path):
@@ -569,7 +570,7 @@ class TestRun:
             assert "into empty/MNIST/raw" in main("--data-dir empty", more)
         assert run(flags) is None
         printed, metrics = capsys.readouterr().out, metrics_of()
-        assert re.search(r"!!! SYNTHETIC .*\nPut mnist's train-images", printed)
+        assert re.search(r"!!! SYNTHETIC .*\nNo download: put train-images-", printed)
         assert "synthetic test accuracy" in printed
         assert metrics["data"] == "synthetic"
         assert metrics["config"]["images"] == 11_000
@@ -688,7 +689,9 @@ class TestRun:
         before, _ = contents("."), capsys.readouterr()
         flags = "--val-size 59999 --seed 3 --batch-size 7 --dry-run"
         assert main(f"--evaluate ~/{BEST}", flags) is None
-        assert report.startswith(capsys.readouterr().out)
+        printed = capsys.readouterr().out
+        assert "recall" in printed
+        assert report.startswith(printed)
         assert contents(".") == before
 
     @each("flags", ["--model wide --epochs 9", "--resume"])
@@ -711,7 +714,7 @@ BAD = "epochs=0 epochs=x batch-size=0 val-size=0 lr=-1 lr=nan lr=inf lr=0 amp=x 
 ERRORS = {
     "--out /dev/null": ".* File exists: '/dev/null'",
     "--evaluate gone": ".* No such file or directory: 'gone'",
-    "--batch-size 999 --dry-run": "--val-size leaves 310 images, fewer .*",
+    "--batch-size 999 --dry-run": "--val-size leaves 310 images, less than a batch",
 }
 CLASHES = ["lr 0.3 0.1", "batch-size 60 50", "epochs 15 1", "seed 2 1"]
 CLASHES += ["amp bf16 off", "schedule step onecycle", "model wide simple"]
@@ -741,7 +744,8 @@ class TestCommandLine:
             assert [args.device, args.batch_size, args.amp] == ["cuda", 128, amp]
 
     def test_idle_threads_do_not_spin_for_long(self):
-        assert 1000 <= int(os.environ["GOMP_SPINCOUNT"]) <= 10_000
+        before, _ = Path(mnist.__file__).read_text(encoding="utf-8").split("\nimport torch\n")
+        assert re.search(r"setdefault\(.GOMP_SPINCOUNT., .[3-9]000.\)", before)
 
     @each("flags", ERRORS)
     def test_what_fails_is_said_in_one_line(self, run, flags):
@@ -799,15 +803,14 @@ class TestCommandLine:
         flags = f"--data-dir data --out ~/runs/3 --epochs 999 --seed {10**30} {SMALL}"
         command = [sys.executable, "-E", mnist.__file__, *flags.split()]
         heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        pipes = {"stdout": PIPE, "stderr": PIPE, "text": True}
-        with Popen(command, preexec_fn=heed, **pipes) as child:
+        with Popen(command, preexec_fn=heed, stdout=PIPE, stderr=PIPE, text=True) as child:
             while not child.stdout.readline().startswith("epoch "):
                 assert child.poll() is None
             assert child.stdout.readline().startswith("   1*")
             assert not Path("runs/3/mnist_model_epoch_50.pth").exists()  # at once
             child.send_signal(signal.SIGINT)
             out = data_dir.parent / "runs/3"
-            assert child.communicate()[1] == f"\nstopped: add --resume to go on in {out}\n"
+            assert child.communicate()[1] == f"\nstopped: --resume goes on with the run in {out}\n"
 
         assert child.returncode == 130
 
