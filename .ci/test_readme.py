@@ -111,7 +111,8 @@ OPTIMIZERS = [
     (SGD, "SGD([{'params': [p]} for p in model.parameters()], lr, momentum=0.9)"),
     (ONECYCLE, COSINE),
 ]
-SEED, SECONDS = '    flag("--seed"', '        m["seconds"] ='
+SEED, SECONDS = '    add("--seed"', '        m["seconds"] ='
+SWITCH = "action=__import__('argparse').BooleanOptionalAction"
 SETTINGS = [  # as given by hand, as defined, as kept
     ("", "type=float, default=0.0", 0.0),
     ("--new 0.5", "type=float, default=0.0", 0.5),
@@ -120,6 +121,9 @@ SETTINGS = [  # as given by hand, as defined, as kept
     ("", "type=int", None),
     ("", "action='store_true'", False),
     ("--new", "action='store_true'", True),
+    ("--no-new", f"{SWITCH}, default=True", False),
+    ("", f"{SWITCH}, default=True", True),
+    ("--new", f"{SWITCH}, default=False", True),
 ]
 METRICS = {"a": "-0.5", "b": "math.nan", "c": "True", "d": "[1, 2.5]", "e": "None", "f": "'x'"}
 
@@ -137,13 +141,13 @@ def test_any_optimizer_and_schedule_trains_and_resumes(run, adapted, change):  #
 
 @pytest.mark.parametrize(("given", "defined", "kept"), SETTINGS)
 def test_a_flag_added_is_a_setting_of_the_run(run, adapted, given, defined, kept):  # noqa: F811
-    adapted((SEED, f'    flag("--new", {defined})\n{SEED}'))
+    adapted((SEED, f'    add("--new", {defined})\n{SEED}'))
     run("--epochs 3", given)
     LAST.unlink()
     assert call("--resume") is None
     assert metrics_of()["config"]["new"] == kept
     assert call(f"--evaluate {BEST}") is None
-    if kept is False:
+    if kept is False and "store_true" in defined:
         assert "--new is True, but" in call("--resume --new")
 
 
@@ -178,6 +182,14 @@ def test_a_checkpoint_of_another_data_set_is_refused(run, adapted, monkeypatch):
     for flags in ("--resume", f"--evaluate {BEST}"):
         line = rf"{ERROR}out/.*pth: argument --data: .*'fashionmnist'.*"
         assert re.fullmatch(line, call(flags))
+
+
+def test_a_checkpoint_of_before_a_setting_is_still_evaluated(run):  # noqa: F811
+    run("--epochs 1")
+    content = torch.load(BEST)
+    del content["config"]["images"], content["config"]["amp"]
+    torch.save(content, BEST)
+    assert call(f"--evaluate {BEST}") is None
 
 
 def test_the_weights_suit_standard_preprocessing(run, data_dir):  # noqa: F811
