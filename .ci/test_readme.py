@@ -2,6 +2,8 @@
 """Runs the README's recipes on a small MNIST of synthetic digits: python .ci/test_readme.py."""
 
 import re
+import runpy
+import socket
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -66,6 +68,22 @@ def pictures_of(digit):
     yield ImageOps.expand(photo.resize((120, 120)), 300, 255)
     ImageDraw.Draw(photo).ellipse((360, 360, 520, 560), 100)  # a hand
     yield photo
+
+
+def test_a_download_does_not_wait_for_ever(monkeypatch):
+    limit = Mock()
+    monkeypatch.setattr(socket, "setdefaulttimeout", limit)
+    monkeypatch.setattr(sys, "argv", ["mnist.py", "--evaluate", "gone"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(mnist.__file__, run_name="__main__")
+    limit.assert_called_once_with(20)
+
+
+def test_a_seed_decides_the_first_weights(run, monkeypatch):  # noqa: F811
+    seeds = Mock(side_effect=torch.manual_seed)
+    monkeypatch.setattr(torch, "manual_seed", seeds)
+    run("--epochs 2 --seed 3")
+    assert [call.args for call in seeds.call_args_list] == [(30_000,), (30_001,), (30_002,)]
 
 
 def test_the_statistics_of_one_seed_or_many(run, capsys):  # noqa: F811
@@ -198,6 +216,12 @@ def test_the_weights_suit_standard_preprocessing(run, data_dir):  # noqa: F811
     images = datasets.MNIST(data_dir, train=False, transform=transform)
     hits = sum(model(x[None]).argmax().item() == y for x, y in images)
     assert hits / 100 == metrics_of()["test_accuracy"] > 0.15
+
+
+def test_a_run_draws_a_plot(data_dir):  # noqa: F811
+    pytest.importorskip("matplotlib.figure")
+    call(SMALL, "--epochs 1")
+    assert Path("out/training_metrics.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("epochs", "ticks"), [(1, [1]), (45, [*range(1, 46, 3)])])
