@@ -342,7 +342,7 @@ def save_checkpoint(path, history: list, config: dict, new=False, **parts) -> No
     """Save history, config, and the state of model=... and other parts."""
     for name, value in (config | history[-1]).items():
         if type(value) not in (bool, int, float, str, list, dict, type(None)):
-            raise TypeError(f"{name} must be a plain number or text: {value!r}")
+            raise TypeError(f"{name} must be plain numbers, text or lists: {value!r}")
     # As metrics.json will have them: what JSON cannot hold fails here.
     history, config = json.loads(json.dumps([history, config]))
 
@@ -462,7 +462,7 @@ def split_data(args: Namespace, known: Split, test: Split) -> dict[str, Split]:
     """Return the splits on the device; for a dry run, a batch of each."""
     n = max(0, len(known[1]) - args.val_size)
     if n < args.batch_size and not args.evaluate:
-        fail(f"--val-size leaves {n} images, less than a batch")
+        fail(f"--val-size leaves {n} images, fewer than --batch-size")
 
     splits = {"train": [t[:n] for t in known], "val": [t[n:] for t in known], "test": test}
     limit = args.batch_size if args.dry_run and not args.evaluate else None
@@ -532,7 +532,7 @@ def run(args: Namespace, path: Path | None) -> None:
     chosen = fill(", ".join(f"{k} {v}" for k, v in config.items()), 79)
     new = "NOTHING TO RESUME: new run in" if args.resume else "new run in"
     print(f"resuming {path}" if path else f"{new} {args.out}")
-    print(f"{args.device}, {torch.get_num_threads()} threads\n{chosen}")
+    print(f"device {args.device}, threads {torch.get_num_threads()}\n{chosen}")
     model.print_model_summary()
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -567,7 +567,7 @@ def parse_args(argv: list[str], source: Path | None = None) -> Namespace:
     add("--schedule", choices=["onecycle", *GAMMA], default="onecycle", help="(%(default)s)")
     add("--seed", type=int, default=1, help="(%(default)s)")
     add("--amp", choices=PRECISIONS, help="precision (off, on CUDA bf16)")
-    add("--data-dir", type=Path, default="data", help="its folder (%(default)s)")
+    add("--data-dir", type=Path, default="data", help="of the data (%(default)s)")
     add("--device", choices=sorted({"cpu", device}), default=device, help="(%(default)s)")
     add("--out", type=Path, default="model_checkpoints", help="of the run (%(default)s)")
     add("--resume", action="store_true", help="go on with the run in --out")

@@ -466,7 +466,7 @@ class TestCheckpoints:
     def test_a_value_that_is_not_plain_is_named(self, saved, value):
         [m], bad = known_history(1), {"margin": value}
         for history, config in (([m | bad], {}), ([m], bad)):
-            with raises(TypeError, match="margin must be a plain number"):
+            with raises(TypeError, match="margin must be plain numbers"):
                 mnist.save_checkpoint(saved[1], history, config, model=saved[0].model)
 
     def test_what_is_saved_is_read_again(self, saved):
@@ -503,7 +503,8 @@ class TestCheckpoints:
         weights = good["model_state_dict"]
         fewer = {k: w for k, w in weights.items() if k != "layers.11.bias"}
         nan = weights | {"layers.11.bias": torch.full((10,), math.nan)}
-        bad = [{"epoch": evil}, {"scheduler_state_dict": 0}, {"config": None}]
+        bad = [{"epoch": evil}, {"scheduler_state_dict": 0}]
+        bad += [{"config": None}, {"history": []}]
         bad += [{"model_state_dict": w} for w in (nan, fewer, weights | {"x": nan})]
 
         for content in ([], evil, weights, *(good | part for part in bad)):
@@ -534,14 +535,14 @@ class TestCheckpoints:
 # --------------------------------------------------------------------------------------- Report
 class TestReport:
     def test_a_table_marks_the_best_so_far(self):
-        history = known_history(4)
-        for m, loss in zip(history, (0.3, 0.2, 0.2, 0.1), strict=True):
+        history = known_history(5)
+        for m, loss in zip(history, (0.2, 0.3, 0.25, 0.2, 0.1), strict=True):
             m["val_loss"] = loss
         header, *rows = mnist.make_table(history)
         assert header.split()[2:5] == [*SPLITS]
-        row = "2* 0.4000  0.1000  99.00%  0.2000  99.40%  0.0800  99.20%    12.3  ###"
-        assert rows[1].strip() == row
-        assert "".join(row[4] for row in rows) == "** *"
+        row = "1* 0.4000  0.1000  99.00%  0.2000  99.40%  0.0800  99.20%    12.3  ###"
+        assert rows[0].strip() == row
+        assert "".join(row[4] for row in rows) == "*   *"
         history[0]["val_accuracy"] = 0.1
         assert max(map(len, mnist.make_table(history * 30))) <= 79
 
@@ -661,7 +662,7 @@ class TestRun:
             "model simple, data mnist, val_size 90, epochs 2, batch_size 50, lr 0.1,\n"
             "schedule onecycle, seed 1, amp off, images 400\n"
         )
-        assert printed.startswith(f"new run in out\ncpu, 1 threads\n{chosen}Conv2d")
+        assert printed.startswith(f"new run in out\ndevice cpu, threads 1\n{chosen}Conv2d")
 
         table, report = Path("out/report.txt").read_text().split("\n\n", 1)
         assert printed.count(f"\n{table}\n") == 1
