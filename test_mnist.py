@@ -41,8 +41,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FILES = [Path(name).stem for name, _ in datasets.MNIST.resources]
 SPLITS = ("train", "val", "test")
 ERROR = "mnist.py: error: "
-HERE = ["--data-dir", "data", "--out", "out"]
-SMALL = "--device cpu --lr 0.1 --val-size 90 --batch-size 50"
+HERE = ["--data-dir=data", "--out=out", "--device=cpu"]
+SMALL = "--lr 0.1 --val-size 90 --batch-size 50"
 BEST = Path("out/best_mnist_model.pth")
 LAST = Path("out/mnist_model_epoch_3.pth")
 
@@ -799,7 +799,7 @@ class TestCommandLine:
     @pytest.mark.skipif(os.name == "nt", reason="sends a signal")
     def test_ctrl_c_says_how_to_go_on(self, data_dir):
         flags = f"--data-dir ~/data --out ~/runs/3 --epochs 999 --seed {10**30} {SMALL}"
-        command = [sys.executable, "-E", mnist.__file__, *flags.split()]
+        command = [sys.executable, "-E", mnist.__file__, *HERE, *flags.split()]
         heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         pipes = {"stdout": PIPE, "stderr": PIPE, "text": True}
         with Popen(command, preexec_fn=heed, **pipes) as child:
