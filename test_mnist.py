@@ -708,7 +708,7 @@ class TestRun:
 BAD = "epochs=0 epochs=x batch-size=0 val-size=0 lr=-1 lr=nan lr=inf lr=0 amp=x data=x"
 ERRORS = {
     "--out /dev/null": ".* File exists: '/dev/null'",
-    "--evaluate gone": ".* No such file or directory: 'gone'",
+    "--data-dir /dev/null": ".* Not a directory: '/dev/null.*'",
     "--batch-size 999 --dry-run": "--val-size leaves 310 images, .*",
 }
 CLASHES = ["lr 0.3 0.1", "batch-size 60 50", "epochs 15 1", "seed 2 1"]

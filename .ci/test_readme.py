@@ -218,6 +218,12 @@ def test_the_weights_suit_standard_preprocessing(run, data_dir):  # noqa: F811
     assert hits / 100 == metrics_of()["test_accuracy"] > 0.15
 
 
+def test_synthetic_digits_can_be_asked_for(data_dir, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(mnist, "draw_digits", lambda n, seed: (IMAGES, seed))
+    asked = mnist.load_data(mnist.parse_args(["--data=synthetic"]))
+    assert asked == ("synthetic", (IMAGES, 0), (IMAGES, 1))
+
+
 def test_a_run_draws_a_plot(data_dir):  # noqa: F811
     pytest.importorskip("matplotlib.figure")
     call(SMALL, "--epochs 1")
