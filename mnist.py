@@ -454,7 +454,7 @@ def load_data(args: Namespace) -> tuple[str, Split, Split]:
         except ConnectionError as error:
             if args.data != "auto":
                 raise
-            print(f"\n!!! SYNTHETIC digits, only a trial !!!\n{fill(str(error), 79)}\n")
+            print(f"\n!!! SYNTHETIC digits, only a trial !!!\n{error}\n")
     return "synthetic", draw_digits(11_000, seed=0), draw_digits(1_000, seed=1)
 
 
@@ -529,7 +529,7 @@ def run(args: Namespace, path: Path | None) -> None:
         return
 
     config = args.settings | {"data": name, "images": len(known[1])}
-    chosen = fill(", ".join(f"{k} {v}" for k, v in config.items()), 79)
+    chosen = fill(", ".join(f"{k} {v}" for k, v in config.items()), 79, break_on_hyphens=False)
     new = "NOTHING TO RESUME: new run in" if args.resume else "new run in"
     print(f"resuming {path}" if path else f"{new} {args.out}")
     print(f"device {args.device}, threads {torch.get_num_threads()}\n{chosen}")
