@@ -224,6 +224,10 @@ def test_synthetic_digits_can_be_asked_for(data_dir, monkeypatch):  # noqa: F811
     assert asked == ("synthetic", (IMAGES, 0), (IMAGES, 1))
 
 
+def test_a_batch_may_hold_all_images(run):  # noqa: F811
+    assert run("--epochs 1 --batch-size 310") is None
+
+
 def test_a_run_draws_a_plot(data_dir):  # noqa: F811
     pytest.importorskip("matplotlib.figure")
     call(SMALL, "--epochs 1")
