@@ -228,6 +228,13 @@ def test_a_batch_may_hold_all_images(run):  # noqa: F811
     assert run("--epochs 1 --batch-size 310") is None
 
 
+def test_a_test_loss_that_is_not_finite_ends_the_run(run, monkeypatch):  # noqa: F811
+    logits = torch.zeros(100, 10)
+    losses = {90: 1.0, 100: float("nan")}  # of validation and test set
+    monkeypatch.setattr(mnist, "evaluate", lambda _, data: (losses[len(data[1])], 0.1, logits))
+    assert "loss of epoch 1 is not finite" in run("--epochs 1")
+
+
 def test_a_run_draws_a_plot(data_dir):  # noqa: F811
     pytest.importorskip("matplotlib.figure")
     call(SMALL, "--epochs 1")
