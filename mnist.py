@@ -151,7 +151,7 @@ def download_mnist(raw: Path) -> None:
     try:
         DATASET(folder, download=True)
         for path in Path(folder, DATASET.__name__, "raw").glob("*ubyte"):
-            os.replace(path, raw / path.name)  # nobody sees half a file
+            os.replace(path, raw / path.name)
     except (RuntimeError, ConnectionError, TimeoutError) as error:
         files = ", ".join(Path(name).stem for name, _ in DATASET.resources)
         raise ConnectionError(f"No download: put {files} into {raw}. {error}") from error
@@ -160,7 +160,7 @@ def download_mnist(raw: Path) -> None:
 
 
 def load_mnist(data_dir: str | Path = "data") -> list[Split]:
-    """Return training and test set; OSError if unreadable, or offline."""
+    """Return training and test set; OSError if unreadable or offline."""
     raw = Path(data_dir).expanduser() / DATASET.__name__ / "raw"
     if not all((raw / name).with_suffix("").exists() for name, _ in DATASET.resources):
         download_mnist(raw)
