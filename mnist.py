@@ -600,10 +600,10 @@ def open_run(args: Namespace, argv: list[str]) -> tuple[Namespace, Path | None]:
 
     flags = []
     for name, default in parse_args([]).settings.items():
-        value, option = config.get(name, default), name.replace("_", "-")
+        value, option = config.get(name), name.replace("_", "-")
         if isinstance(value, bool) and value != default:
             flags.append(f"--{option}" if value else f"--no-{option}")
-        elif value is not default:
+        elif not isinstance(value, bool | None):
             flags.append(f"--{option}={value}")
     args = parse_args([*flags, *argv], source=path)  # argv counts
 

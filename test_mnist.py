@@ -798,8 +798,8 @@ class TestCommandLine:
 
     @pytest.mark.skipif(os.name == "nt", reason="sends a signal")
     def test_ctrl_c_says_how_to_go_on(self, data_dir):
-        flags = f"--data-dir ~/data --out ~/runs/3 --epochs 999 --seed {10**30} {SMALL}"
-        command = [sys.executable, "-E", mnist.__file__, *HERE, *flags.split()]
+        flags = f"--data mnist --data-dir ~/data --out ~/runs/3 --epochs 999 --seed {10**30}"
+        command = [sys.executable, "-E", mnist.__file__, *HERE, *f"{SMALL} {flags}".split()]
         heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         pipes = {"stdout": PIPE, "stderr": PIPE, "text": True}
         with Popen(command, preexec_fn=heed, **pipes) as child:

@@ -235,6 +235,14 @@ def test_a_test_loss_that_is_not_finite_ends_the_run(run, monkeypatch):  # noqa:
     assert "loss of epoch 1 is not finite" in run("--epochs 1")
 
 
+def test_a_run_goes_on_on_another_device(run, monkeypatch):  # noqa: F811
+    run("--epochs 2 --batch-size 128")  # as by default on CUDA
+    Path("out/mnist_model_epoch_2.pth").unlink()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert call("--resume") is None
+
+
 def test_a_run_draws_a_plot(data_dir):  # noqa: F811
     pytest.importorskip("matplotlib.figure")
     call(SMALL, "--epochs 1")
