@@ -243,6 +243,12 @@ def test_a_run_goes_on_on_another_device(run, monkeypatch):  # noqa: F811
     assert call("--resume") is None
 
 
+def test_a_new_run_has_the_defaults_of_its_network(data_dir):  # noqa: F811
+    argv = ["--model=wide", "--device=cpu"]
+    args, path = mnist.open_run(mnist.parse_args(argv), argv)
+    assert (args.lr, path) == (0.05, None)
+
+
 def test_a_run_draws_a_plot(data_dir):  # noqa: F811
     pytest.importorskip("matplotlib.figure")
     call(SMALL, "--epochs 1")
